@@ -1,0 +1,141 @@
+// Chooses the build of the sweep by the CPU's features, and looks up torch's tile products (at::native::cpublas::brgemm).
+//
+// brgemm is exported by libtorch_cpu but is not part of the stable ABI: it is looked up when first needed, tried on one
+// tile against a plain loop, and left alone if it is missing, throws or is wrong. A forced path other than the best
+// uses our own loops, so that each can be tested on one machine.
+#include "dispatch.h"
+
+#include <dlfcn.h>
+
+#include <atomic>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "storage.h"
+
+namespace fused_margin {
+namespace {
+
+bool has(const char* name) {
+  if (!std::strcmp(name, "portable")) return true;
+#if defined(__x86_64__)
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  if (!std::strcmp(name, "avx2")) return avx2;
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (!std::strcmp(name, "avx512")) return avx512;
+  if (!std::strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
+#endif
+  return false;
+}
+
+const Kernels* kernels(const char* name) {
+#if defined(__x86_64__)
+  if (!std::strcmp(name, "avx512_bf16")) return &kernels_avx512_bf16();
+  if (!std::strcmp(name, "avx512")) return &kernels_avx512();
+  if (!std::strcmp(name, "avx2")) return &kernels_avx2();
+#endif
+  return &kernels_portable();
+}
+
+// Whether a product gives the right numbers: 5 x 19 = 5 x 8 times 8 x 19, added to 1.
+template <class In, class Call>
+bool works(Call call, In (*put)(float), float (*get)(In), bool pairs) {
+  constexpr int64_t M = 5, N = 19, K = 8;
+  std::vector<In> a(M * K), b(K * N);
+  std::vector<float> c(M * N, 1.f);
+  for (int64_t i = 0; i < M * K; i++) a[i] = put(std::sin(float(i)));
+  const auto at = [&](int64_t k, int64_t n) { return pairs ? (k / 2 * N + n) * 2 + k % 2 : k * N + n; };
+  for (int64_t k = 0; k < K; k++)
+    for (int64_t n = 0; n < N; n++) b[at(k, n)] = put(std::cos(float(k * N + n)));
+  try {
+    call(M, N, K, K, N, N, true, a.data(), b.data(), c.data(), pairs);
+  } catch (...) {
+    return false;
+  }
+  for (int64_t m = 0; m < M; m++)
+    for (int64_t n = 0; n < N; n++) {
+      double expected = 1;
+      for (int64_t k = 0; k < K; k++) expected += double(get(a[m * K + k])) * get(b[at(k, n)]);
+      if (!(std::fabs(expected - c[m * N + n]) < 1e-4)) return false;
+    }
+  return true;
+}
+
+TileProducts find_products() {
+  TileProducts found;
+  void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+  if (!torch) return found;
+  const auto symbol = [&](const char* name) { return dlsym(torch, name); };
+  const auto f32 = (TileProducts::F32)symbol("_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb");
+  const auto bf16 = (TileProducts::Bf16)symbol("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb");
+  found.release = (TileProducts::Release)symbol("_ZN2at6native7cpublas14brgemm_releaseEb");
+  if (!found.release) return found;
+  if (f32 && works<float>(f32, [](float v) { return v; }, [](float v) { return v; }, false)) found.f32 = f32;
+  const auto put = [](float v) { return storage::Bf16::put(v).bits; };
+  const auto get = [](uint16_t v) { return storage::Bf16::get({v}); };
+  if (bf16 && works<uint16_t>(bf16, put, get, true)) found.bf16 = bf16;
+  found.release(true);
+  return found;
+}
+
+const CpuPath& path_named(const char* name) {
+  static const char* const rising[] = {"portable", "avx2", "avx512", "avx512_bf16"};
+  static const auto make = [](const char* n, bool best) {
+    return CpuPath{n, kernels(n), best ? find_products() : TileProducts{}};
+  };
+  static const char* const best = [] {
+    const char* n = rising[0];
+    for (const char* candidate : rising)
+      if (has(candidate)) n = candidate;
+    return n;
+  }();
+  static const CpuPath paths[] = {make(rising[0], best == rising[0]), make(rising[1], best == rising[1]),
+                                  make(rising[2], best == rising[2]), make(rising[3], best == rising[3])};
+  for (const CpuPath& path : paths)
+    if (!std::strcmp(path.name, name && *name ? name : best) && has(path.name)) return path;
+  throw std::runtime_error(std::string("FUSED_MARGIN_CPU_CAPABILITY = '") + name +
+                           "' is unknown, or this CPU lacks it; expected portable, avx2, avx512 or avx512_bf16");
+}
+
+std::atomic<const CpuPath*> forced{nullptr};
+
+}  // namespace
+
+const CpuPath& cpu_path() {
+  if (const CpuPath* path = forced.load()) return *path;
+  return path_named(std::getenv("FUSED_MARGIN_CPU_CAPABILITY"));
+}
+
+}  // namespace fused_margin
+
+extern "C" {
+
+// The path in use, for people.
+__attribute__((visibility("default"))) const char* fm_cpu_path() {
+  static thread_local std::string text;
+  try {
+    const auto& path = fused_margin::cpu_path();
+    const auto by = [](bool torch) { return torch ? "torch's tile products (brgemm)" : "own loops"; };
+    text = std::string(path.name) + ", float32: " + by(path.products.f32) + ", bfloat16: " +
+           (path.products.bf16 ? by(true) : "computed in float32");
+  } catch (const std::exception& error) {
+    text = error.what();
+  }
+  return text.c_str();
+}
+
+// Uses the path of this name from now on; "" undoes it. False if there is none on this CPU.
+__attribute__((visibility("default"))) bool fm_set_capability(const char* name) {
+  try {
+    fused_margin::forced = *name ? &fused_margin::path_named(name) : nullptr;
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+}

@@ -1,0 +1,17 @@
+// Which build of the sweep runs on this CPU, and whether torch's tile products are there.
+#pragma once
+
+#include "problem.h"
+
+namespace fused_margin {
+
+struct CpuPath {
+  const char* name;  // "portable", "avx2", "avx512", "avx512_bf16"
+  const Kernels* kernels;
+  TileProducts products;
+};
+
+// The best path of this CPU, or the one that FUSED_MARGIN_CPU_CAPABILITY or set_capability names.
+const CpuPath& cpu_path();
+
+}  // namespace fused_margin

@@ -1,0 +1,284 @@
+// The sweep over the class weights, once for every instruction set. A tile is up to 128 rows of w; with it, for each
+// block of 128 rows of x:
+//
+//   cosines  C = w x_hat^T            [tile, rows]    norms of w from the same rows, applied to C
+//   forward  A = exp(u - K ln 2) N'   O += A^T w      online softmax; K is whole, so rescaling rounds nothing
+//   backward G = (g_red A + g_sum) s N'   dW = G x_hat, then the target's share and the Jacobian of the norm
+//
+// Included inside the namespace of an instruction set; never on its own.
+
+template <class T>
+constexpr T kEps = T(1e-12);  // norms are clamped from below, as in torch.nn.functional.normalize
+constexpr double kNoPower = -1e30;  // K of a row that has seen no rival
+
+// Memory that a thread keeps for the next call: fresh pages would cost more than the work on a small tile.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) {
+    thread_local Held held;
+    if (bytes > held.size) {
+      std::free(held.memory);
+      held.size = 0;
+      held.memory = static_cast<char*>(std::aligned_alloc(64, size_t(round_up(bytes, 64))));
+      if (!held.memory) throw std::bad_alloc();
+      held.size = bytes;
+    }
+    next_ = held.memory;
+  }
+  template <class V>
+  V* take(int64_t n) {
+    V* p = reinterpret_cast<V*>(next_);
+    next_ += room<V>(n);
+    return p;
+  }
+  template <class V>
+  static int64_t room(int64_t n) {
+    return round_up(n * int64_t(sizeof(V)), 64);
+  }
+
+ private:
+  struct Held {
+    char* memory = nullptr;
+    int64_t size = 0;
+    ~Held() { std::free(memory); }
+  };
+  char* next_;
+};
+
+// x_hat in the layouts that the products read; made once a call.
+template <class T>
+struct PackedRows {
+  std::unique_ptr<T[]> columns;           // blocks of rows, each [dim, rows of the block]
+  std::unique_ptr<uint16_t[]> columns16;  // the same in bf16, dim in pairs: [depth / 2, rows, 2]
+  std::unique_ptr<uint16_t[]> rows16;     // [padded / 2, dim, 2]
+  int64_t depth;                          // dim, in bf16 rounded up to what the tile unit takes at once
+
+  PackedRows(const Problem<T>& p, bool backward, const Parallel& parallel) : depth(p.bf16 ? round_up(p.dim, 32) : p.dim) {
+    if (p.bf16) {
+      columns16.reset(new uint16_t[p.padded * depth]);
+      if (backward) rows16.reset(new uint16_t[p.padded * p.dim]);
+    } else {
+      columns.reset(new T[p.padded * p.dim]);
+    }
+    parallel(p.padded / kRowPad, [&](int64_t strip) {
+      for (int64_t i = strip * kRowPad; i < (strip + 1) * kRowPad; i++) pack(p, i);
+    });
+  }
+
+ private:
+  void pack(const Problem<T>& p, int64_t i) {
+    const int64_t block = i / kRowBlock * kRowBlock, rows = std::min(kRowBlock, p.padded - block), r = i - block;
+    const T* x = p.x_hat + i * p.dim;
+    if (!p.bf16) {
+      T* out = columns.get() + block * p.dim;
+      for (int64_t d = 0; d < p.dim; d++) out[d * rows + r] = x[d];
+      return;
+    }
+    uint16_t* out = columns16.get() + block * depth;
+    for (int64_t d = 0; d < depth; d++) {
+      const uint16_t value = d < p.dim ? storage::Bf16::put(float(x[d])).bits : 0;
+      out[(d / 2 * rows + r) * 2 + d % 2] = value;
+      if (rows16 && d < p.dim) rows16[(i / 2 * p.dim + d) * 2 + i % 2] = value;
+    }
+  }
+};
+
+// The rows of w that one tile holds, and what is computed from them.
+template <class T>
+struct Tile {
+  int64_t first_class, classes, rows;
+  const T* w;             // [rows, stride]
+  int64_t stride;
+  T *copy, *inv, *ones;   // w where it cannot be read in place; 1 / max(|w_r|, eps), or 1; [rows] 1
+  T *label, *bias;        // [rows] the row's class, counted from first_class; its bias, or 0
+  uint16_t *w16, *pairs;  // bf16: [rows, depth], and in pairs of rows [rows / 2, dim, 2] for the product with A^T
+};
+
+template <class T>
+int64_t tile_room(const Problem<T>& p, int64_t rows, int64_t depth) {
+  using S = Scratch;
+  return S::room<T>(rows * p.dim) + 4 * S::room<T>(rows) + 2 * S::room<uint16_t>(p.bf16 ? round_up(rows, 32) * depth : 0);
+}
+
+template <class T>
+Tile<T> make_tile(const Problem<T>& p, int64_t rows, int64_t depth, Scratch& scratch) {
+  Tile<T> t{};
+  t.copy = scratch.take<T>(rows * p.dim);
+  t.inv = scratch.take<T>(rows);
+  t.ones = scratch.take<T>(rows);
+  t.label = scratch.take<T>(rows);
+  t.bias = scratch.take<T>(rows);
+  t.w16 = scratch.take<uint16_t>(p.bf16 ? round_up(rows, 32) * depth : 0);
+  t.pairs = scratch.take<uint16_t>(p.bf16 ? round_up(rows, 32) * depth : 0);
+  return t;
+}
+
+template <class T>
+T inverse_norm(const T* row, int64_t dim) {
+  Vec<T> sums[4] = {};
+  int64_t d = 0;
+  for (; d + 4 * kLanes<T> <= dim; d += 4 * kLanes<T>)
+    for (int v = 0; v < 4; v++) {
+      const Vec<T> a = load(row + d + v * kLanes<T>);
+      sums[v] += a * a;
+    }
+  T sum = lane_sum<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; d < dim; d++) sum += row[d] * row[d];
+  const T norm = std::sqrt(sum);
+  return 1 / (norm < kEps<T> ? kEps<T> : norm);
+}
+
+// Rows r and r + 1 to bf16, side by side and interleaved.
+inline void convert_pair(const float* a, const float* b, int64_t dim, uint16_t* a16, uint16_t* b16, uint16_t* pairs) {
+  constexpr int64_t lanes = kLanes<float>;
+  int64_t d = 0;
+  for (; d + lanes <= dim; d += lanes) {
+    const Half16 low = to_bf16(load(a + d)), high = to_bf16(load(b + d));
+    __builtin_memcpy(a16 + d, &low, sizeof low);
+    __builtin_memcpy(b16 + d, &high, sizeof high);
+    if (!pairs) continue;
+    using Bits = VecOf<float>::bits;
+    const Bits both = __builtin_convertvector(low, Bits) | __builtin_convertvector(high, Bits) << 16;
+    __builtin_memcpy(pairs + 2 * d, &both, sizeof both);
+  }
+  for (; d < dim; d++) {
+    a16[d] = storage::Bf16::put(a[d]).bits;
+    b16[d] = storage::Bf16::put(b[d]).bits;
+    if (pairs) pairs[2 * d] = a16[d], pairs[2 * d + 1] = b16[d];
+  }
+}
+
+template <class T>
+void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, int64_t depth, bool pairs, Tile<T>& t) {
+  t.first_class = number * tile_classes;
+  t.classes = std::min(tile_classes, p.classes - t.first_class);
+  t.rows = t.classes * p.sub_centers;
+  const int64_t first = t.first_class * p.sub_centers;
+  const bool same = p.w.storage == (sizeof(T) == 8 ? Storage::f64 : Storage::f32);
+  if (same && !p.w.index && p.w.col_stride == 1 && p.w.row_stride >= p.dim) {
+    t.w = static_cast<const T*>(p.w.data) + first * p.w.row_stride;
+    t.stride = p.w.row_stride;
+  } else {
+    for (int64_t r = 0; r < t.rows; r++) read_row(p.w, first + r, p.dim, t.copy + r * p.dim);
+    t.w = t.copy;
+    t.stride = p.dim;
+  }
+  for (int64_t r = 0; r < t.rows; r++) {
+    t.inv[r] = p.normalize_w ? inverse_norm(t.w + r * t.stride, p.dim) : T(1);
+    t.ones[r] = 1;
+    t.label[r] = T(r / p.sub_centers);
+    t.bias[r] = p.bias ? p.bias[t.first_class + r / p.sub_centers] : T(0);
+  }
+  if constexpr (sizeof(T) == 4) {
+    if (!p.bf16) return;
+    for (int64_t r = 0; r < t.rows; r += 2) {
+      const bool last = r + 1 == t.rows;
+      uint16_t *a16 = t.w16 + r * depth, *b16 = a16 + depth;
+      convert_pair(t.w + r * t.stride, t.w + (last ? r : r + 1) * t.stride, p.dim, a16, b16,
+                   pairs ? t.pairs + r * p.dim : nullptr);
+      std::fill(a16 + p.dim, b16, 0);
+      std::fill(b16 + p.dim, b16 + depth, 0);
+    }  // a last odd row is paired with itself: its partner meets zeros in A
+    if (pairs) std::fill(t.pairs + round_up(t.rows, 2) * p.dim, t.pairs + round_up(t.rows, 32) * p.dim, 0);
+  }
+}
+
+template <class T>
+void multiply(const TileProducts& products, int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* b,
+              int64_t ldb, T* c, int64_t ldc, bool add) {
+  if constexpr (sizeof(T) == 4) {
+    if (products.f32) return products.f32(M, N, K, lda, ldb, ldc, add, a, b, c, false);
+  }
+  product(M, N, K, a, lda, b, ldb, c, ldc, add);
+}
+
+// The cosines of one tile with one block of rows of x.
+template <class T>
+struct Cosines {
+  T* c;                    // [rows of the tile, columns], still to be multiplied with `factor` of its row
+  const T* factor;         // [rows of the tile]
+  T* place;                // [columns] the row's target as a class of this tile, -1 if it is elsewhere
+  int64_t columns, first;  // rows of x in this block; the first one
+};
+
+// Stands for the cosine of a sub-centre that is not the maximum of its class: it takes part in nothing.
+template <class T>
+constexpr T kLoser = T(1e30);
+
+template <class T>
+void compute_cosines(const Problem<T>& p, const TileProducts& products, const PackedRows<T>& x, const Tile<T>& t,
+                     int64_t block, Cosines<T>& out) {
+  out.first = block * kRowBlock;
+  const int64_t n = out.columns = std::min(kRowBlock, p.padded - out.first);
+  if constexpr (sizeof(T) == 4) {
+    if (p.bf16)
+      products.bf16(t.rows, n, x.depth, x.depth, n, n, false, t.w16, x.columns16.get() + out.first * x.depth, out.c,
+                    true);
+  }
+  if (!p.bf16)
+    multiply(products, t.rows, n, p.dim, t.w, t.stride, x.columns.get() + out.first * p.dim, n, out.c, n, false);
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t target = p.target[out.first + i], j = target - t.first_class;
+    out.place[i] = target >= 0 && j >= 0 && j < t.classes ? T(j) : T(-1);
+  }
+  out.factor = t.inv;
+  if (p.sub_centers == 1) return;
+  out.factor = t.ones;
+  for (int64_t j = 0; j < t.classes; j++)
+    for (int64_t i = 0; i < n; i++) {
+      T* best = nullptr;
+      for (int64_t r = j * p.sub_centers; r < (j + 1) * p.sub_centers; r++) {
+        T* c = out.c + r * n + i;
+        *c *= t.inv[r];
+        if (best && !(*c > *best)) {
+          *c = kLoser<T>;
+        } else {
+          if (best) *best = kLoser<T>;
+          best = c;
+        }
+      }
+    }
+}
+
+// The cosine of one row of w with a vector of rows of x, and whether it counts: neither target nor a lesser sub-centre.
+template <class T>
+struct Element {
+  Vec<T> c;
+  decltype(Vec<T>{} == Vec<T>{}) excluded;
+};
+
+template <class T>
+FM_INLINE Element<T> element(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, int64_t r, int64_t i,
+                             Vec<T> target) {
+  Vec<T> c = load(cos.c + r * cos.columns + i);
+  auto excluded = target == splat(t.label[r]);
+  if (p.sub_centers > 1) excluded |= c == splat(kLoser<T>);
+  c *= cos.factor[r];
+  if (p.clamp) c = select(c < splat(T(-1)), splat(T(-1)), select(c > splat(T(1)), splat(T(1)), c));  // a NaN stays one
+  return {c, excluded};
+}
+
+template <class T>
+FM_INLINE void softplus(Vec<T> u, Vec<T>& value, Vec<T>& slope) {
+  const Vec<T> zero{}, one = zero + T(1), e = exponential(select(u < zero, u, -u));
+  value = select(u > zero, u, zero) + log1p_unit(e);
+  slope = select(u < zero, e, one) / (one + e);
+}
+
+// The instance of a task for a rule, and for whether the rarer outputs are wanted.
+template <class Task>
+auto choose_rule(RuleCode rule, bool extras) {
+#define FM_RULE(name) \
+  case RuleCode::name: \
+    return extras ? Task::template pointer<RuleCode::name, true>() : Task::template pointer<RuleCode::name, false>();
+  switch (rule) {
+    FM_RULE(hard)
+    FM_RULE(curricular)
+    FM_RULE(clip)
+    FM_RULE(filter)
+    FM_RULE(gauss)
+    FM_RULE(circle)
+    default: FM_RULE(identity)
+  }
+#undef FM_RULE
+}

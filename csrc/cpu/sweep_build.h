@@ -1,0 +1,25 @@
+// Builds the sweep in a namespace of its own for the instruction set FM_ISA; included once by each sweep_*.cpp.
+
+#include "../rules.h"
+
+#define FM_JOIN_(a, b) a##b
+#define FM_JOIN(a, b) FM_JOIN_(a, b)
+
+namespace fused_margin {
+namespace {
+namespace FM_ISA {
+#include "vec.h"
+#include "product.h"
+#include "sweep.h"
+#include "forward.h"
+#include "backward.h"
+}  // namespace FM_ISA
+}  // namespace
+
+const Kernels& FM_JOIN(kernels_, FM_ISA)() {
+  static const Kernels kernels{&FM_ISA::forward<float>, &FM_ISA::forward<double>, &FM_ISA::backward<float>,
+                               &FM_ISA::backward<double>};
+  return kernels;
+}
+
+}  // namespace fused_margin

@@ -1,0 +1,144 @@
+// Vectors of the compiler's own kind, so that one source serves every instruction set: FM_VECTOR_BYTES says how wide.
+// Included inside the namespace of an instruction set; never on its own.
+
+using std::size_t;
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+  typedef float type __attribute__((vector_size(FM_VECTOR_BYTES)));
+  typedef int32_t integer __attribute__((vector_size(FM_VECTOR_BYTES)));
+  typedef uint32_t bits __attribute__((vector_size(FM_VECTOR_BYTES)));
+};
+template <>
+struct VecOf<double> {
+  typedef double type __attribute__((vector_size(FM_VECTOR_BYTES)));
+  typedef int64_t integer __attribute__((vector_size(FM_VECTOR_BYTES)));
+  typedef uint64_t bits __attribute__((vector_size(FM_VECTOR_BYTES)));
+};
+typedef uint16_t Half16 __attribute__((vector_size(FM_VECTOR_BYTES / 2)));
+
+template <class T>
+using Vec = typename VecOf<T>::type;
+template <class T>
+constexpr int64_t kLanes = FM_VECTOR_BYTES / sizeof(T);
+
+#define FM_INLINE inline __attribute__((always_inline))
+
+template <class T>
+FM_INLINE Vec<T> load(const T* p) {
+  Vec<T> v;
+  __builtin_memcpy(&v, p, sizeof v);
+  return v;
+}
+template <class T>
+FM_INLINE void store(T* p, Vec<T> v) {
+  __builtin_memcpy(p, &v, sizeof v);
+}
+template <class T>
+FM_INLINE Vec<T> splat(T a) {
+  return Vec<T>{} + a;
+}
+template <class M, class V>
+FM_INLINE V select(M mask, V a, V b) {
+  return mask ? a : b;
+}
+template <class T>
+FM_INLINE T lane_sum(Vec<T> v) {
+  T sum = 0;
+  for (int64_t l = 0; l < kLanes<T>; l++) sum += v[l];
+  return sum;
+}
+
+// The nearest integer, for |v| < 2^22.
+FM_INLINE Vec<float> nearest(Vec<float> v) {
+  const Vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it leaves no room for a fraction
+  return v + magic - magic;
+}
+
+// exp(v): below -87 it is 0, NaN stays; relative error 1e-7. v <= 88.
+FM_INLINE Vec<float> exponential(Vec<float> v) {
+  const Vec<float> low = splat(-87.f), x = select(v < low, low, v);
+  const Vec<float> k = nearest(x * 1.44269504f);
+  Vec<float> r = x - k * 0.693359375f;  // ln 2 in two parts
+  r = r + k * 2.12194440e-4f;
+  // (exp(r) - 1 - r) / r^2 on [-0.354, 0.354]: Chebyshev fit, error 3e-10
+  Vec<float> p = r * 1.990162310e-4f + 1.393545454e-3f;
+  p = p * r + 8.333295604e-3f;
+  p = p * r + 4.166644833e-2f;
+  p = p * r + 1.666666673e-1f;
+  p = p * r + 5.000000015e-1f;
+  p = p * r * r + r + 1.f;
+  const auto integer = __builtin_convertvector(k, VecOf<float>::integer);
+  const auto power = (VecOf<float>::bits)(integer + 127) << 23;
+  return select(v < low, Vec<float>{}, p * (Vec<float>)power);
+}
+FM_INLINE Vec<double> exponential(Vec<double> v) {
+  Vec<double> e;
+  for (int64_t l = 0; l < kLanes<double>; l++) e[l] = std::exp(v[l]);
+  return e;
+}
+
+// What the rules of rules.h need.
+struct Ops {
+  template <class M, class V>
+  static FM_INLINE V select(M mask, V a, V b) {
+    return mask ? a : b;
+  }
+  template <class V>
+  static FM_INLINE V exponential(V v) {
+    return FM_ISA::exponential(v);
+  }
+};
+
+// log(1 + t) for t in [0, 1]; relative error 1e-7.
+FM_INLINE Vec<float> log1p_unit(Vec<float> t) {
+  // log(1 + t) / t: Chebyshev fit, error 5e-9
+  const float c[] = {9.999999954e-1f,  -4.999990399e-1f, 3.333000404e-1f,  -2.495455887e-1f, 1.967811725e-1f,
+                     -1.531186309e-1f, 1.061426467e-1f,  -5.706420058e-2f, 1.990716084e-2f,  -3.256378455e-3f};
+  Vec<float> p = splat(c[9]);
+  for (int i = 8; i >= 0; i--) p = p * t + c[i];
+  return p * t;
+}
+FM_INLINE Vec<double> log1p_unit(Vec<double> t) {
+  Vec<double> y;
+  for (int64_t l = 0; l < kLanes<double>; l++) y[l] = std::log1p(t[l]);
+  return y;
+}
+
+// 2^k for a whole k in [-1000, 0]; 0 where T has no such number.
+template <class T>
+FM_INLINE T power_of_two(T k) {
+  return std::ldexp(T(1), int(k));
+}
+
+// The nearest bfloat16, ties to even, NaN kept.
+FM_INLINE Half16 to_bf16(Vec<float> v) {
+#if defined(__AVX512BF16__)
+  return (Half16)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const auto u = (VecOf<float>::bits)v;
+  const auto rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  return __builtin_convertvector(v != v ? (VecOf<float>::bits){} + 0x7fc0 : rounded, Half16);
+#endif
+}
+
+// Transposes a square of vectors in place: v[i][j] becomes v[j][i].
+template <class V, int64_t step = 1, int64_t n>
+FM_INLINE void transpose(V (&v)[n]) {
+  if constexpr (step < n) {
+    decltype(V{} == V{}) low, high;  // which lanes of (a, b) make the new a and b
+    for (int64_t l = 0; l < n; l++) {
+      low[l] = (l & step) ? n + (l ^ step) : l;
+      high[l] = (l & step) ? n + l : (l ^ step);
+    }
+    for (int64_t i = 0; i < n; i++) {
+      if (i & step) continue;
+      const V a = v[i], b = v[i + step];
+      v[i] = __builtin_shuffle(a, b, low);
+      v[i + step] = __builtin_shuffle(a, b, high);
+    }
+    transpose<V, step * 2, n>(v);
+  }
+}

@@ -1,0 +1,51 @@
+"""The backends: which are there, why one cannot run a given sweep, and which one is chosen."""
+
+from __future__ import annotations
+
+import warnings
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..spec import Spec
+from . import cpu, reference
+
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}  # in the order of preference
+
+
+class FallbackWarning(UserWarning):
+    """No fused backend can run this input, so the reference backend, which materialises [B, C], does."""
+
+
+def why_not(name: str, x: Tensor | None = None, w: Tensor | None = None, spec: Spec | None = None) -> list[str]:
+    """Why the backend cannot run (this input), in words; an empty list means that it can.
+
+    Without tensors: why it cannot run at all.
+    """
+    if name not in BACKENDS:
+        return [f"there is no backend {name!r}"]
+    return BACKENDS[name].why_not(x, w, spec if spec is not None else Spec())
+
+
+def _report(x: Tensor, w: Tensor, spec: Spec) -> str:
+    reasons = {name: why_not(name, x, w, spec) for name in BACKENDS}
+    return "; ".join(f"{name}: {', '.join(r) if r else 'can run'}" for name, r in reasons.items())
+
+
+def choose(name: str | None, x: Tensor, w: Tensor, spec: Spec) -> str:
+    """The backend asked for, if it can run this input, else an error that says why not; None: the first that can."""
+    if name is not None:
+        reasons = why_not(name, x, w, spec)
+        if reasons:
+            raise ValueError(f"backend={name!r} cannot run this: {', '.join(reasons)}. Backends: {_report(x, w, spec)}")
+        return name
+    chosen = next(name for name in BACKENDS if not why_not(name, x, w, spec))
+    if chosen == "reference" and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"no fused backend can run this input, so plain PyTorch does, which holds [B, C] tensors; "
+            f"backend='reference' silences this. {_report(x, w, spec)}",
+            FallbackWarning,
+            stacklevel=4,
+        )
+    return chosen

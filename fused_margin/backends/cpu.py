@@ -1,0 +1,121 @@
+"""The C++ CPU backend: loads `_C.abi3.so`, registers its two operators' schemas, and calls them."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..rules import CODES, REDUCTIONS
+from ..spec import Spec
+
+CAPABILITIES = ("portable", "avx2", "avx512")  # what FUSED_MARGIN_CPU_CAPABILITY takes, in rising order
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SPEC = (
+    "int rule, bool unit_slope, int reduction, int sub_centers, bool normalize_x, bool normalize_w, bool bf16, "
+    "int num_classes, int first_class, int ignore_index, int want"
+)
+_INPUTS = "Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor? tau, Tensor? bias, Tensor? index, Tensor rule_args"
+_library = torch.library.Library("fused_margin_cpu", "DEF")
+_library.define(f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {_SPEC}) -> Tensor")
+_library.define(f"sweep({_INPUTS}, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_library.define(
+    f"sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, Tensor o_red, "
+    f"Tensor o_sum, {_SPEC}, int need) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or why there is none."""
+    path = Path(__file__).parent.parent / "_C.abi3.so"
+    if not path.exists():
+        return None, (
+            "the C++ extension is not built (install torch and a C++ compiler first, then "
+            "`pip install --no-build-isolation .`)"
+        )
+    try:
+        torch.ops.load_library(str(path))
+        library = ctypes.CDLL(str(path))
+    except OSError as error:
+        return None, f"the C++ extension does not load: {error}"
+    library.fm_cpu_path.restype = ctypes.c_char_p
+    library.fm_set_capability.argtypes = [ctypes.c_char_p]
+    return library, ""
+
+
+_C, _missing = _load()
+
+
+def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
+    reasons = [_missing] if _C is None else []
+    for name, t in (("embeddings", x), ("weight", w)):
+        if t is None:
+            continue
+        if t.device.type != "cpu":
+            reasons.append(f"{name} are on {t.device}")
+        if t.dtype not in _DTYPES:
+            reasons.append(f"{name} are {t.dtype}")
+    return reasons
+
+
+def path() -> str:
+    """The path in use, for people: instruction set, and what computes the products."""
+    return _missing if _C is None else _C.fm_cpu_path().decode()
+
+
+def machine() -> str:
+    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+
+
+@contextlib.contextmanager
+def capability(name: str | None) -> Iterator[None]:
+    """Within the block, use this entry of CAPABILITIES (or the one that FUSED_MARGIN_CPU_CAPABILITY names).
+
+    "portable" and "avx2" compute products with our own loops, so that every path can be tested on one machine.
+    """
+    if _C is None:
+        raise RuntimeError(_missing)
+    if name is not None and not _C.fm_set_capability(name.encode()):
+        raise ValueError(f"capability {name!r} is unknown, or this CPU lacks it; expected one of {CAPABILITIES}")
+    try:
+        yield
+    finally:
+        _C.fm_set_capability(b"")
+
+
+def _pack(spec: Spec) -> tuple[int | bool, ...]:
+    return (
+        CODES[spec.rule],
+        spec.unit_slope,
+        REDUCTIONS[spec.reduction],
+        spec.sub_centers,
+        spec.normalize_x,
+        spec.normalize_w,
+        spec.compute_dtype == torch.bfloat16,
+        spec.num_classes,
+        spec.first_class,
+        spec.ignore_index,
+        spec.want,
+    )
+
+
+def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, spec: Spec) -> Tensor:
+    return torch.ops.fused_margin_cpu.target_cosine(x, w, labels, index, *_pack(spec))
+
+
+def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple[Tensor, ...]:
+    return torch.ops.fused_margin_cpu.sweep(x, w, labels, scale, tau, bias, index, rule_args, *_pack(spec))
+
+
+def sweep_backward(
+    g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, spec, need
+) -> tuple[Tensor, ...]:
+    return torch.ops.fused_margin_cpu.sweep_backward(
+        g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
+        *_pack(spec), need,
+    )  # fmt: skip

@@ -1,0 +1,144 @@
+"""The reference backend: plain PyTorch that materialises the cosines. Any device, any dtype; in float64 the oracle.
+
+Gradients come from autograd of the forward, so that nothing here repeats a formula of the fused kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..rules import RULES
+from ..spec import EPS, Need, Spec, Want, acc_dtype
+
+
+def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
+    return []
+
+
+def _round(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values as an operand of `dtype` has them, gradients as if nothing had been rounded."""
+    if dtype in (torch.float32, torch.float64):
+        return t
+    return t + (t.to(dtype).to(t.dtype) - t).detach()
+
+
+def _rows(x: Tensor, w: Tensor, index: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor]:
+    """x_hat [B, D] and w_hat [C * K, D], normalised where the spec says so, in the accumulation dtype."""
+    acc = acc_dtype(x)
+    x, w = x.to(acc), (w if index is None else w[index]).to(acc)
+    x_hat = F.normalize(x, dim=1, eps=EPS) if spec.normalize_x else x
+    return x_hat, F.normalize(w, dim=1, eps=EPS) if spec.normalize_w else w
+
+
+def _check_labels(labels: Tensor, spec: Spec) -> None:
+    if labels.device.type != "cpu":
+        return  # would wait for the device
+    bad = ((labels < 0) | (labels >= spec.num_classes)) & (labels != spec.ignore_index)
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise RuntimeError(
+            f"labels[{row}] = {int(labels[row])} is outside [0, {spec.num_classes}) "
+            f"and is not ignore_index = {spec.ignore_index}"
+        )
+
+
+def _local(labels: Tensor, classes: int, spec: Spec) -> tuple[Tensor, Tensor]:
+    """Class positions here (0 where there is none) and whether the row's target is here, both [B]."""
+    position = labels - spec.first_class
+    here = (position >= 0) & (position < classes) & (labels != spec.ignore_index)
+    return torch.where(here, position, 0), here
+
+
+def _target(x_hat: Tensor, w_hat: Tensor, position: Tensor, here: Tensor, spec: Spec) -> Tensor:
+    """cos_y [B], 0 where the target is not here; clamped to [-1, 1] with the gradient passed through."""
+    if not w_hat.shape[0]:
+        return x_hat.sum(1) * 0
+    rows = w_hat.unflatten(0, (-1, spec.sub_centers))[position]  # [B, K, D]
+    c = _clamp((rows * x_hat[:, None]).sum(2).max(1).values, spec)
+    return torch.where(here, c, 0)
+
+
+def _clamp(c: Tensor, spec: Spec) -> Tensor:
+    return c + (c.clamp(-1, 1) - c).detach() if spec.normalize_x and spec.normalize_w else c
+
+
+@torch.no_grad()
+def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, spec: Spec) -> Tensor:
+    _check_labels(labels, spec)
+    classes = (w if index is None else index).shape[0] // spec.sub_centers
+    position, here = _local(labels, classes, spec)
+    return _target(*_rows(x, w, index, spec), position, here, spec)
+
+
+def _sweep(x, w, labels, scale, tau, bias, index, rule_args, spec):
+    """cos_y [B], then for all classes [B, C]: cosines, N(c), logits u, and which of them are rivals."""
+    x_hat, w_hat = _rows(x, w, index, spec)
+    classes = w_hat.shape[0] // spec.sub_centers
+    position, here = _local(labels, classes, spec)
+    cos_y = _target(x_hat, w_hat, position, here, spec)
+    c = _round(x_hat, spec.compute_dtype) @ _round(w_hat, spec.compute_dtype).T  # [B, C * K]
+    if c.requires_grad and spec.compute_dtype not in (torch.float32, torch.float64):
+        c.register_hook(lambda g: g.to(spec.compute_dtype).to(g.dtype))
+    if spec.sub_centers > 1:
+        c = c.unflatten(1, (classes, spec.sub_centers)).max(2).values
+    c = _clamp(c, spec)
+    v = RULES[spec.rule].value(c, None if tau is None else tau[:, None], rule_args)
+    if spec.unit_slope:
+        v = v.detach() + (c - c.detach())
+    u = scale[:, None] * v
+    if bias is not None:
+        u = u + bias
+    rival = torch.ones_like(c, dtype=torch.bool)
+    if classes:
+        rival[torch.arange(len(labels), device=c.device), position] = ~here
+    return cos_y, c, v, u, rival
+
+
+def _reduce(u: Tensor, rival: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
+    """red [B] and A = d red / d u [B, C]; red is -inf and A is 0 where a row has no rival."""
+    if reduction == "softplus":
+        return (F.softplus(u, threshold=1e9) * rival).sum(1), torch.sigmoid(u) * rival
+    if not u.shape[1]:
+        return u.new_full(u.shape[:1], -torch.inf), u
+    u = u.masked_fill(~rival, -torch.inf)
+    red = u.logsumexp(1)
+    a = torch.exp(u - red[:, None])
+    return red, a.masked_fill(~rival | (red == -torch.inf)[:, None], 0)
+
+
+@torch.no_grad()
+def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple[Tensor, ...]:
+    _check_labels(labels, spec)
+    with torch.autocast(x.device.type, enabled=False):
+        cos_y, c, v, u, rival = _sweep(x, w, labels, scale, tau, bias, index, rule_args, spec)
+        red, a = _reduce(u, rival, spec.reduction)
+        aux = cos_y.new_zeros(5, len(labels))
+        aux[0] = c.masked_fill(~rival, -torch.inf).amax(1) if c.shape[1] else -torch.inf
+        if tau is not None:
+            masked = rival & (c > tau[:, None])
+            aux[1], aux[2] = masked.sum(1), (c * masked).sum(1)
+        aux[3], aux[4] = (a * v.masked_fill(~rival, 0)).sum(1), (v * rival).sum(1)
+        sum_u = u.masked_fill(~rival, 0).sum(1) if spec.want & Want.SUM else torch.zeros_like(red)
+    empty = cos_y.new_empty(0)
+    return red, cos_y, sum_u, aux, empty, empty.clone()
+
+
+def sweep_backward(
+    g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, spec, need
+) -> tuple[Tensor, ...]:
+    if index is not None:  # the gradient asked for is that of the rows read
+        w, index = w[index], None
+    asked = {Need.X: x, Need.W: w, Need.SCALE: scale, Need.BIAS: bias}
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        leaves = {flag: t.detach().requires_grad_() for flag, t in asked.items() if need & flag}
+        x, w, scale, bias = (leaves.get(flag, t) for flag, t in asked.items())
+        cos_y, _, _, u, rival = _sweep(x, w, labels, scale, tau, bias, index, rule_args, spec)
+        with torch.no_grad():
+            a = _reduce(u, rival, spec.reduction)[1] * g_red[:, None] + g_sum_u[:, None]
+        # d red / d u = a, so this sum has the gradients of g_red . red + g_sum_u . sum_u + g_cos_y . cos_y
+        total = (a * u).masked_fill(~rival, 0).sum() + (g_cos_y * cos_y).sum()
+        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
+    found = {flag: (torch.zeros_like(t) if g is None else g) for (flag, t), g in zip(leaves.items(), grads, strict=True)}
+    return tuple(found.get(flag, red.new_empty(0)) for flag in asked)

@@ -1,0 +1,245 @@
+"""The head as a function: checks the input once, builds T and tau, calls the sweep, reduces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .backends import choose
+from .margins import Margin, PerClass, PerSample, RowParameter, as_margin, gather_rows
+from .rules import RULES
+from .spec import EPS, Aux, Spec, Want, acc_dtype
+
+_REDUCTIONS = ("mean", "sum", "none")
+_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_TOPK_CHUNK = 16_384  # classes whose cosines exist at one time in `topk`
+
+
+class Stats(NamedTuple):
+    """What one sweep knows beside the loss; no gradient."""
+
+    target_cosine: Tensor  # [B]; 0 where the row is ignored
+    best_rival_cosine: Tensor  # [B]; -inf where there is no rival
+    lse: Tensor  # [B]: log-sum-exp of all logits, the target's with its margin
+    correct: Tensor  # 0-dim int64: rows whose target has the largest cosine, without margin; ignored rows do not count
+
+
+def margin_cross_entropy(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    margin: Margin | Callable[[Tensor], Tensor],
+    *,
+    scale: RowParameter | str = 64.0,
+    bias: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    normalize_embeddings: bool = True,
+    normalize_weight: bool = True,
+    compute_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, Stats]:
+    """Softmax cross-entropy with a margin on the target, without a tensor of batch x classes.
+
+    Equivalent to (for a margin without rival rule; T is `margin.target`)::
+
+        cos = F.linear(F.normalize(embeddings), F.normalize(weight))
+        cos_y = cos[range(B), labels]
+        logits = scale * cos.index_put((range(B), labels), T(cos_y)) + bias
+        loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+
+    but for two cases where `F.cross_entropy` gives nan: the mean over no valid row (an empty batch, all rows ignored)
+    is 0, with gradient 0.
+
+    Args:
+        embeddings: [B, D], float32, bfloat16, float16 or float64. Not normalised: that is part of the sweep.
+        weight: [C, D], one row a class; keep it float32 in mixed precision. float64 goes with float64 only.
+        labels: [B], int64 (or another integer type): class numbers, or `ignore_index`. On the CPU a label outside
+            [0, C) is an error; on a GPU it is not looked at (that would wait for the device).
+        margin: a margin of the library, or a function that maps the target cosines [B] to [B].
+        scale: s, the inverse temperature: a positive number; a tensor [B] per sample, [C] per class or 0-dim, with
+            gradient if it asks for one; or "norm", the norm of each embedding (A-Softmax).
+        bias: [C], added to the logits (plain softmax).
+        reduction: "mean" over the rows that are not ignored, "sum", or "none": [B], with 0 in ignored rows.
+        normalize_embeddings, normalize_weight: False takes raw rows, so that "cosines" are products. With a margin
+            of angles both must be True.
+        compute_dtype: dtype of the operands of the matrix products; by default the autocast dtype, else the
+            embeddings'. Sums, cosines, logits and the loss are float32 in any case (float64 for float64). The CPU
+            backend computes float16 operands in float32.
+        backend: "cpu", "reference", or None: the first one that can run this input.
+        return_stats: also return `Stats`, from the same sweep.
+
+    Returns:
+        The loss, float32 (float64 for float64 embeddings): 0-dim, or [B] with reduction "none"; with `return_stats`
+        the pair (loss, Stats).
+
+    Raises:
+        TypeError, ValueError: what was got, what is expected, what to do. RuntimeError: a label out of range.
+    """
+    margin = as_margin(margin)
+    _check(embeddings, weight, labels, bias, reduction)
+    if not (normalize_embeddings and normalize_weight) and not _additive(margin):
+        raise ValueError(
+            f"{type(margin).__name__} is a margin on angles: it needs normalize_embeddings and normalize_weight; "
+            "without them, NormFace (plain softmax) and CosFace are defined"
+        )
+    num_classes = weight.shape[0]
+    labels = labels.long()
+    scale = _scale(scale, embeddings, labels, num_classes)
+    rule = margin.rule()
+    spec = Spec(
+        rule=rule.name,
+        unit_slope=margin.gradient == "detached",
+        normalize_x=normalize_embeddings,
+        normalize_w=normalize_weight,
+        compute_dtype=_compute_dtype(compute_dtype, embeddings),
+        num_classes=num_classes,
+        ignore_index=ignore_index,
+        want=_want(embeddings, scale, return_stats),
+    )
+    spec = spec._replace(backend=choose(backend, embeddings, weight, spec))
+
+    at_rows = margin.at(labels, num_classes)
+    tau = None
+    if RULES[rule.name].needs_tau:
+        with torch.no_grad():
+            tau = at_rows.threshold(ops.target_cosine(embeddings, weight, labels, None, spec))
+    rule_args = rule.tensor(embeddings)
+    lse, cos_y, _, aux = ops.sweep(embeddings, weight, labels, scale, tau, bias, None, rule_args, spec)
+
+    z = scale * _checked_target(at_rows.transform(cos_y), cos_y)
+    valid = labels != ignore_index
+    if bias is not None:
+        z = z + bias[torch.where(valid, labels, 0)]
+    loss = torch.where(valid, -F.logsigmoid(z - lse), 0)
+    if reduction == "mean":
+        loss = loss.sum() / valid.sum().clamp_min(1)
+    elif reduction == "sum":
+        loss = loss.sum()
+    if not return_stats:
+        return loss
+    with torch.no_grad():
+        best = Aux(*aux).best
+        correct = (valid & (cos_y >= best)).sum()
+        return loss, Stats(cos_y.detach(), best, torch.logaddexp(lse, z).detach(), correct)
+
+
+def topk(embeddings: Tensor, weight: Tensor, k: int, compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+    """The k classes with the largest cosines, in one sweep over the weights and without a tensor of B x C.
+
+    Equivalent to: `torch.topk(F.linear(F.normalize(embeddings), F.normalize(weight)), k)`
+    Returns: cosines [B, k] in falling order, and class numbers [B, k] (int64). No gradient.
+    """
+    _check(embeddings, weight, embeddings.new_zeros(embeddings.shape[:1], dtype=torch.long), None, "none")
+    if not 1 <= k <= weight.shape[0]:
+        raise ValueError(f"k = {k}; expected 1 <= k <= {weight.shape[0]}, the number of classes")
+    dtype, acc = _compute_dtype(compute_dtype, embeddings), acc_dtype(embeddings)
+    with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
+        x_hat = F.normalize(embeddings.to(acc), dim=1, eps=EPS).to(dtype)
+        best = x_hat.new_empty(len(x_hat), 0, dtype=acc)
+        ids = torch.empty_like(best, dtype=torch.long)
+        for first in range(0, weight.shape[0], _TOPK_CHUNK):
+            w_hat = F.normalize(weight[first : first + _TOPK_CHUNK].to(acc), dim=1, eps=EPS).to(dtype)
+            cos = F.linear(x_hat, w_hat).to(acc)
+            here = torch.arange(first, first + cos.shape[1], device=cos.device).expand_as(cos)
+            best, place = torch.cat([best, cos], 1).topk(min(k, best.shape[1] + cos.shape[1]))
+            ids = torch.cat([ids, here], 1).gather(1, place)
+    return best, ids
+
+
+def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, reduction: str) -> None:
+    for name, t, shape in (("embeddings", embeddings, "[B, D]"), ("weight", weight, "[C, D]")):
+        if t.dtype not in _FLOATS:
+            raise TypeError(f"{name} are {t.dtype}; expected float32, bfloat16, float16 or float64, as in {name}.float()")
+        if t.dim() != 2:
+            raise ValueError(f"{name} have shape {list(t.shape)}; expected two dimensions, {shape}")
+    if embeddings.shape[1] != weight.shape[1]:
+        hint = "; weight seems to be [D, C]: pass weight.T" if embeddings.shape[1] == weight.shape[0] else ""
+        raise ValueError(
+            f"embeddings {list(embeddings.shape)} and weight {list(weight.shape)} differ in their last dimension; "
+            f"expected [B, D] and [C, D]{hint}"
+        )
+    if not weight.shape[0] or not weight.shape[1]:
+        raise ValueError(f"weight has shape {list(weight.shape)}; expected at least one class and one dimension")
+    if (embeddings.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(
+            f"embeddings are {embeddings.dtype} and weight is {weight.dtype}; float64 goes with float64 only: "
+            "convert one of them"
+        )
+    if labels.dim() == 2 and labels.is_floating_point():
+        raise TypeError(
+            f"labels are a matrix {list(labels.shape)} of {labels.dtype}; expected class numbers [B]. For mixup, call the "
+            "loss once for each of the two label vectors and add: lam * loss(e, a) + (1 - lam) * loss(e, b)"
+        )
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels are {labels.dtype}; expected integers, as in labels.long()")
+    if labels.shape != embeddings.shape[:1]:
+        hint = "; use labels.squeeze(1)" if labels.dim() == 2 and labels.shape[1] == 1 else ""
+        raise ValueError(f"labels have shape {list(labels.shape)}; expected [{embeddings.shape[0]}], one a row{hint}")
+    for name, t in (("weight", weight), ("labels", labels), ("bias", bias)):
+        if t is not None and t.device != embeddings.device:
+            raise ValueError(
+                f"{name} on {t.device}, embeddings on {embeddings.device}; expected one device: "
+                f"use {name}.to(embeddings.device)"
+            )
+    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in _FLOATS):
+        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; expected floats [{weight.shape[0]}], one a class")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction = {reduction!r}; expected one of {', '.join(map(repr, _REDUCTIONS))}")
+
+
+def _additive(margin: Margin) -> bool:
+    """Whether T is defined for products that are no cosines: T(c) = c - m."""
+    from .margins import CosFace, CustomMargin, NormFace, SVSoftmax
+
+    return isinstance(margin, (NormFace, CosFace, CustomMargin)) and not isinstance(margin, SVSoftmax)
+
+
+def _scale(scale: RowParameter | str, embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+    """s as a tensor [B] of the accumulation dtype."""
+    acc = acc_dtype(embeddings)
+    if isinstance(scale, str):
+        if scale != "norm":
+            raise ValueError(f"scale = {scale!r}; expected a positive number, a tensor, or 'norm'")
+        return torch.linalg.vector_norm(embeddings, dim=1, dtype=acc)
+    if not isinstance(scale, (Tensor, PerClass, PerSample)):
+        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+            raise TypeError(f"scale = {scale!r}; expected a positive number, a tensor, or 'norm'")
+        if not (math.isfinite(scale) and scale > 0):
+            raise ValueError(f"scale = {scale!r}; expected a positive finite number, as 64.0")
+        return embeddings.new_full(embeddings.shape[:1], scale, dtype=acc)
+    rows = gather_rows(scale, labels, num_classes, "scale")
+    return rows.to(acc).expand(embeddings.shape[0])
+
+
+def _compute_dtype(asked: torch.dtype | None, embeddings: Tensor) -> torch.dtype:
+    device = embeddings.device.type
+    if embeddings.dtype == torch.float64:
+        if asked not in (None, torch.float64):
+            raise ValueError(f"compute_dtype = {asked} with float64 embeddings; expected None or torch.float64")
+        return torch.float64
+    if asked is None:
+        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeddings.dtype
+    if asked not in _FLOATS[:1] + _FLOATS[2:]:
+        raise ValueError(f"compute_dtype = {asked}; expected torch.float32, torch.bfloat16 or torch.float16")
+    return asked
+
+
+def _want(embeddings: Tensor, scale: Tensor, stats: bool) -> int:
+    grad = torch.is_grad_enabled()
+    flags = Want.STATS * stats | Want.DX * (grad and embeddings.requires_grad) | Want.DSCALE * (grad and scale.requires_grad)
+    return int(flags)
+
+
+def _checked_target(target: Tensor, cos_y: Tensor) -> Tensor:
+    if not isinstance(target, Tensor) or target.shape != cos_y.shape:
+        got = f"a tensor of shape {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"the margin's target() gave {got}; expected a tensor [{cos_y.shape[0]}], one value a row")
+    return target

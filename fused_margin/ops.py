@@ -1,0 +1,122 @@
+"""The primitive as registered operators: one schema, one fake kernel, one autograd rule, whatever the backend.
+
+    sweep(x [B, D], w [C, D], labels [B], scale [B], ...) -> red, cos_y, sum_u [B], aux [5, B], o_red, o_sum
+    red_i = log sum_{j != y_i} exp(u_ij)      u_ij = scale_i * N(cos_ij) + bias_j      (or sum of softplus(u_ij))
+
+red, cos_y and sum_u are differentiable; o_red and o_sum [B, D] are what the backward needs for x, made in the forward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .backends import BACKENDS
+from .spec import SPEC_SCHEMA, Need, Spec, Want, acc_dtype
+
+_INPUTS = "Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor? tau, Tensor? bias, Tensor? index, Tensor rule_args"
+_NUM_INPUTS = 8
+
+_library = torch.library.Library("fused_margin", "DEF")
+_library.define(f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {SPEC_SCHEMA}) -> Tensor")
+_library.define(
+    f"sweep({_INPUTS}, {SPEC_SCHEMA}) "
+    "-> (Tensor red, Tensor cos_y, Tensor sum_u, Tensor aux, Tensor o_red, Tensor o_sum)"
+)
+_library.define(
+    f"sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, Tensor o_red, "
+    f"Tensor o_sum, {SPEC_SCHEMA}, int need) -> (Tensor d_x, Tensor d_w, Tensor d_scale, Tensor d_bias)"
+)
+
+_target_cosine = torch.ops.fused_margin.target_cosine.default
+_sweep = torch.ops.fused_margin.sweep.default
+_sweep_backward = torch.ops.fused_margin.sweep_backward.default
+
+
+def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, spec: Spec) -> Tensor:
+    """cos_y [B], without gradient: B * D work, for what must be known before the sweep (tau, batch statistics)."""
+    return _target_cosine(x.detach(), w.detach(), labels, index, *spec)
+
+
+def sweep(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    tau: Tensor | None,
+    bias: Tensor | None,
+    index: Tensor | None,
+    rule_args: Tensor,
+    spec: Spec,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(red, cos_y, sum_u [B], aux [5, B]) of one sweep; see the head of this file and `Spec`."""
+    return _sweep(x, w, labels, scale, tau, bias, index, rule_args, *spec)[:4]
+
+
+def _run_target_cosine(x, w, labels, index, *fields):
+    spec = Spec(*fields)
+    return BACKENDS[spec.backend].target_cosine(x, w, labels, index, spec)
+
+
+def _run_sweep(*args):
+    spec = Spec(*args[_NUM_INPUTS:])
+    return BACKENDS[spec.backend].sweep(*args[:_NUM_INPUTS], spec)
+
+
+def _run_sweep_backward(*args):
+    spec = Spec(*args[-1 - len(Spec._fields) : -1])
+    return BACKENDS[spec.backend].sweep_backward(*args[: -1 - len(Spec._fields)], spec, args[-1])
+
+
+_library.impl("target_cosine", _run_target_cosine, "CompositeExplicitAutograd")
+_library.impl("sweep", _run_sweep, "CompositeExplicitAutograd")
+_library.impl("sweep_backward", _run_sweep_backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fused_margin::target_cosine")
+def _(x, w, labels, index, *fields):
+    return x.new_empty(x.shape[0], dtype=acc_dtype(x))
+
+
+@torch.library.register_fake("fused_margin::sweep")
+def _(x, w, labels, scale, tau, bias, index, rule_args, *fields):
+    spec = Spec(*fields)
+    rows = x.new_empty(x.shape[0], dtype=acc_dtype(x))
+    flash = spec.want & Want.DX and spec.backend != "reference"  # the reference keeps nothing for its backward
+    o_red = rows.new_empty(x.shape if flash else (0,))
+    o_sum = rows.new_empty(x.shape if flash and spec.want & Want.SUM else (0,))
+    return rows, torch.empty_like(rows), torch.empty_like(rows), rows.new_empty(5, x.shape[0]), o_red, o_sum
+
+
+@torch.library.register_fake("fused_margin::sweep_backward")
+def _(g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, *rest):
+    need = rest[-1]
+    d_w = w if index is None else w.new_empty(index.shape[0], w.shape[1])
+    return tuple(
+        torch.empty_like(t, memory_format=torch.contiguous_format) if need & flag else g_red.new_empty(0)
+        for flag, t in ((Need.X, x), (Need.W, d_w), (Need.SCALE, scale), (Need.BIAS, bias))
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    tensors, ctx.spec = inputs[:_NUM_INPUTS], Spec(*inputs[_NUM_INPUTS:])
+    red, _, _, aux, o_red, o_sum = output
+    ctx.mark_non_differentiable(aux, o_red, o_sum)
+    ctx.save_for_backward(*tensors, red, aux, o_red, o_sum)
+
+
+def _backward(ctx, g_red, g_cos_y, g_sum_u, *_):
+    x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum = ctx.saved_tensors
+    asked = ctx.needs_input_grad
+    need = Need.X * asked[0] | Need.W * asked[1] | Need.SCALE * asked[3] | Need.BIAS * asked[5]
+    d_x, d_w, d_scale, d_bias = _sweep_backward(
+        g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
+        *ctx.spec, int(need),
+    )  # fmt: skip
+    if asked[1] and index is not None:  # rows of a subset: zero elsewhere
+        d_w = torch.zeros_like(w).index_copy(0, index, d_w)
+    grads = [d_x if asked[0] else None, d_w if asked[1] else None, None, d_scale if asked[3] else None]
+    return (*grads, None, d_bias if asked[5] else None, None, None, *(None for _ in Spec._fields))
+
+
+torch.library.register_autograd("fused_margin::sweep", _backward, setup_context=_setup_context)

@@ -1,0 +1,78 @@
+"""Rival rules N: what a rival's cosine becomes before it is scaled. u = s * N(c; tau, args)
+
+One rule is one row of `RULES`, used by the reference backend. Its position is its code in the kernels
+(csrc/rules.h), where N and its slope N' stand once more, for C++ and CUDA; a test holds the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+def _identity(c: Tensor, tau: Tensor | None, args: Tensor) -> Tensor:
+    return c
+
+
+def _hard(c: Tensor, tau: Tensor, args: Tensor) -> Tensor:
+    return torch.where(c > tau, args[0] * c + args[1], c)
+
+
+def _curricular(c: Tensor, tau: Tensor, args: Tensor) -> Tensor:
+    return torch.where(c > tau, c * (args[0] + c), c)
+
+
+def _clip(c: Tensor, tau: Tensor | None, args: Tensor) -> Tensor:
+    return torch.minimum(torch.maximum(c, args[0]), args[1])
+
+
+def _filter(c: Tensor, tau: Tensor | None, args: Tensor) -> Tensor:
+    return torch.where(c > args[0], torch.zeros_like(c), c)
+
+
+def _gauss(c: Tensor, tau: Tensor, args: Tensor) -> Tensor:
+    weight = args[0] * torch.exp(-((c - tau) ** 2) / args[1])
+    return weight.detach() * (c + 1) - 1
+
+
+def _circle(c: Tensor, tau: Tensor | None, args: Tensor) -> Tensor:
+    return torch.relu(c + args[0]).detach() * (c - args[0])
+
+
+class _Definition(NamedTuple):
+    value: Callable[[Tensor, Tensor | None, Tensor], Tensor]  # N(c [B, C], tau [B, 1], args [n])
+    args: tuple[str, ...]
+    needs_tau: bool
+
+
+RULES: dict[str, _Definition] = {
+    "identity": _Definition(_identity, (), False),  # c
+    "hard": _Definition(_hard, ("a", "b"), True),  # c > tau ? a c + b : c         SV, MV, NPC
+    "curricular": _Definition(_curricular, ("t",), True),  # c > tau ? c (t + c) : c
+    "clip": _Definition(_clip, ("lo", "hi"), False),  # min(max(c, lo), hi)        EqM, AdaFace
+    "filter": _Definition(_filter, ("threshold",), False),  # c > threshold ? 0 : c
+    "gauss": _Definition(_gauss, ("alpha", "sigma"), True),  # q c + q - 1, q = alpha exp(-(c - tau)^2 / sigma)
+    "circle": _Definition(_circle, ("m",), False),  # [c + m]_+ (c - m), the factor a constant
+}
+CODES = {name: code for code, name in enumerate(RULES)}
+REDUCTIONS = {"logsumexp": 0, "softplus": 1}
+
+
+class Rule(NamedTuple):
+    """A rule by name and its run-time arguments: floats, or 0-dim tensors that change without recompilation."""
+
+    name: str = "identity"
+    args: tuple[float | Tensor, ...] = ()
+
+    def tensor(self, like: Tensor) -> Tensor:
+        """The arguments as one small tensor [n] of `like`'s device, float64 where `like` is, else float32."""
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        if any(isinstance(a, Tensor) for a in self.args):
+            return torch.stack([torch.as_tensor(a, dtype=dtype, device=like.device) for a in self.args])
+        return torch.tensor(self.args, dtype=dtype, device=like.device)
+
+
+IDENTITY = Rule()

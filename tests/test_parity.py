@@ -1,0 +1,56 @@
+"""Every backend against the float64 oracle under the error rule: losses and all gradients.
+
+All of margins x dtypes x shapes x parameters would be 48,000 runs. A margin lives on [B], a dtype and a shape in the
+sweep, so an error shows in a pair of them: every margin runs in every dtype, every two values of any two axes meet,
+and each dtype runs at the largest shape.
+"""
+
+import functools
+import itertools
+
+import pytest
+
+from . import cases
+from .cases import BACKENDS, MARGINS, MODES
+from .error_rule import ErrorRule
+
+BATCHES, CLASSES, DIMS = [0, 1, 3, 128], [1, 2, 129, 10_007], [8, 100, 512]
+PARAMETERS = ["float", "sample", "class", "class_bias"]
+AXES = list(MARGINS), list(MODES), BATCHES, CLASSES, DIMS, PARAMETERS
+COVER = cases.covering(*AXES, cost=lambda batch, classes, dim, _: batch * classes * dim)
+LARGEST = [("arcface_linear", mode, 128, 10_007, 512, "sample") for mode in MODES]
+RUNS = COVER + [run for run in LARGEST if run not in COVER]
+
+
+def _seeds(batch: int, classes: int, dim: int) -> range:
+    """More draws where a tensor is small, as one lucky entry is half of it."""
+    if batch == 0:
+        return range(1)
+    return range(min(8, max(1 if batch > 3 else 2, 400_000 // (classes * dim * batch))))
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)  # changes fastest: the backends share what is expected
+@pytest.mark.parametrize(
+    ("margin", "mode", "batch", "classes", "dim", "per"),
+    RUNS,
+    ids=[f"{m}-{d}-B{b}-C{c}-D{e}-{p}" for m, d, b, c, e, p in RUNS],
+)
+def test_parity(margin, mode, batch, classes, dim, per, backend):
+    rule = ErrorRule()
+    for p, plain, exact in _expected(margin, mode, batch, classes, dim, per):
+        rule.add_all(cases.run(p, backend), plain, exact)
+    rule.check()
+
+
+@functools.lru_cache(maxsize=1)
+def _expected(margin, mode, batch, classes, dim, per) -> list[tuple]:
+    per, _, bias = per.replace("float", "").partition("_")
+    shape = MARGINS[margin], MODES[mode], batch, classes, dim
+    problems = [cases.problem(*shape, seed, per, bool(bias)) for seed in _seeds(batch, classes, dim)]
+    return [(p, cases.plain(p), cases.exact(p)) for p in problems]
+
+
+def test_every_two_values_meet():
+    for (i, first), (j, second) in itertools.combinations(enumerate(AXES), 2):
+        met = {(row[i], row[j]) for row in COVER}
+        assert met == set(itertools.product(first, second))
