@@ -4,6 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from . import functional
 from .backends import BACKENDS, FallbackWarning, why_not
+from .check import check_margin
 from .functional import Stats, margin_cross_entropy
 from .heads import MarginHead
 from .margins import (
@@ -41,6 +42,7 @@ __all__ = [
     "SVSoftmax",
     "SphereFace",
     "Stats",
+    "check_margin",
     "functional",
     "margin_cross_entropy",
     "safe_angle",

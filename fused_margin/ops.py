@@ -1,6 +1,6 @@
 """The primitive as registered operators: one schema, one fake kernel, one autograd rule, whatever the backend.
 
-    sweep(x [B, D], w [C, D], labels [B], scale [B], ...) -> red, cos_y, sum_u [B], aux [5, B], o_red, o_sum
+    sweep(x [B, D], w [C, D], labels [B], scale [B], ...) -> red, cos_y, sum_u [B], aux [6, B], o_red, o_sum
     red_i = log sum_{j != y_i} exp(u_ij)      u_ij = scale_i * N(cos_ij) + bias_j      (or sum of softplus(u_ij))
 
 red, cos_y and sum_u are differentiable; o_red and o_sum [B, D] are what the backward needs for x, made in the forward.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .spec import SPEC_SCHEMA, Need, Spec, Want, acc_dtype
+from .spec import SPEC_SCHEMA, Aux, Need, Spec, Want, acc_dtype
 
 _INPUTS = "Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor? tau, Tensor? bias, Tensor? index, Tensor rule_args"
 _NUM_INPUTS = 8
@@ -49,7 +49,7 @@ def sweep(
     rule_args: Tensor,
     spec: Spec,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(red, cos_y, sum_u [B], aux [5, B]) of one sweep; see the head of this file and `Spec`."""
+    """(red, cos_y, sum_u [B], aux [6, B]) of one sweep; see the head of this file and `Spec`."""
     return _sweep(x, w, labels, scale, tau, bias, index, rule_args, *spec)[:4]
 
 
@@ -85,7 +85,7 @@ def _(x, w, labels, scale, tau, bias, index, rule_args, *fields):
     flash = spec.want & Want.DX and spec.backend != "reference"  # the reference keeps nothing for its backward
     o_red = rows.new_empty(x.shape if flash else (0,))
     o_sum = rows.new_empty(x.shape if flash and spec.want & Want.SUM else (0,))
-    return rows, torch.empty_like(rows), torch.empty_like(rows), rows.new_empty(5, x.shape[0]), o_red, o_sum
+    return rows, torch.empty_like(rows), torch.empty_like(rows), rows.new_empty(len(Aux._fields), x.shape[0]), o_red, o_sum
 
 
 @torch.library.register_fake("fused_margin::sweep_backward")

@@ -29,13 +29,14 @@ class Need(IntFlag):
 
 
 class Aux(NamedTuple):
-    """Rows of the sweep's `aux` [5, B]; no gradient."""
+    """Rows of the sweep's `aux` [6, B]; no gradient."""
 
     best: torch.Tensor  # the largest rival cosine, -inf where there is no rival
     masked_count: torch.Tensor  # rivals with c > tau
     masked_sum: torch.Tensor  # the sum of their cosines
     mean_v: torch.Tensor  # sum_j A_ij N(c_ij), the derivative of red by the scale
     sum_v: torch.Tensor  # sum_j N(c_ij), the derivative of sum_u by the scale
+    red_low: torch.Tensor  # what rounding took from red, for A = exp(u - red - red_low) in the backward
 
 
 class Spec(NamedTuple):

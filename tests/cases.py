@@ -144,6 +144,27 @@ def spread(batch: int, classes: int, dim: int, seed: int) -> tuple[Tensor, Tenso
     return x, w, labels
 
 
+def _balance(x: Tensor, w: Tensor, labels: Tensor, scale: Tensor, target: Callable, g: torch.Generator) -> Tensor:
+    """x turned towards or from its class until the target's logit is within 4 of the rivals' log-sum-exp.
+
+    Rows of probability 0 or 1 hide errors: their loss is linear or their gradient 0.
+    """
+    w_hat = oracle.unit(w)
+    y = w_hat[labels]
+    side = oracle.unit(x - (x * y).sum(1, keepdim=True) * y)
+    offset = 8 * torch.rand(len(x), generator=g, dtype=torch.float64) - 4
+    grid = torch.linspace(-0.98, 0.98, 197, dtype=torch.float64)[:, None]
+    z = scale * target(grid.expand(-1, len(x)))  # [197, B]
+    c = torch.full_like(offset, 0.3)
+    for _ in range(2):
+        turned = c[:, None] * y + (1 - c[:, None] ** 2).sqrt() * side
+        found = oracle.cosines(turned, w, labels)
+        lse = torch.where(found.rival, scale[:, None] * found.c, -1e3).logsumexp(1)
+        c = grid[(z - lse - offset).abs().argmin(0), 0]
+    turned = c[:, None] * y + (1 - c[:, None] ** 2).sqrt() * side
+    return turned * torch.linalg.vector_norm(x, dim=1, keepdim=True)
+
+
 def _clear_of_masks(x: Tensor, w: Tensor, labels: Tensor, threshold: Callable[[Tensor], Tensor], seed: int) -> Tensor:
     """w with those classes drawn anew whose cosine lies within MASK_GAP of a row's threshold."""
     g = torch.Generator().manual_seed(seed + 1)
@@ -164,19 +185,24 @@ def problem(
     x, w, labels = spread(batch, classes, dim, seed)
     g = torch.Generator().manual_seed(seed + 2)
     count = {"sample": batch, "class": classes, "": 0}[per]
-    tensors = {"x": x.to(mode.x), "w": w.to(mode.w)}
+    tensors = {}
     if per:
         values = {"scale": 40.0, **case.params}
         jitter = {name: 0.9 + 0.2 * torch.rand(count, generator=g, dtype=torch.float64) for name in values}
-        tensors |= {name: (value * jitter[name]).to(mode.acc) for name, value in values.items()}
+        tensors = {name: (value * jitter[name]).to(mode.acc) for name, value in values.items()}
     if bias:
         tensors["bias"] = torch.randn(classes, generator=g, dtype=torch.float64).to(mode.acc)
-    made = Problem(
-        case, mode, labels, tensors, 0.5 + torch.rand(batch, generator=g, dtype=torch.float64), per=per
-    )
+    upstream = 0.5 + torch.rand(batch, generator=g, dtype=torch.float64)
+    made = Problem(case, mode, labels, tensors, upstream, per=per)
+
+    params = {n: made.at_rows(tensors[n].double()) if per else v for n, v in case.params.items()}
+    scale = made.at_rows(tensors["scale"].double()) if per else torch.full((batch,), made.scale, dtype=torch.float64)
+    balanced = _balance(x, w, labels, scale, lambda c: case.target(c, params), g)
+    rows = (torch.arange(batch) + seed) % 2 == 0
+    x, w = torch.where(rows[:, None], balanced, x).to(mode.x), w.to(mode.w)
     if case.t is not None:
-        params = {n: made.at_rows(tensors[n].double()) if per else v for n, v in case.params.items()}
-        tensors["w"] = _clear_of_masks(tensors["x"], tensors["w"], labels, lambda c: case.target(c, params), seed)
+        w = _clear_of_masks(x, w, labels, lambda c: case.target(c, params), seed)
+    tensors |= {"x": x, "w": w}
     return made
 
 

@@ -19,6 +19,7 @@ void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>&
     const int64_t row = cos.first + i;
     const Vec<T> scale = load(p.scale + row), tau = load(p.tau + row), target = load(cos.place + i);
     const Vec<T> g_red = load(in.g_red + row), g_sum = load(in.g_sum_u + row), red = load(in.red + row);
+    const Vec<T> red_low = load(in.red_low + row);
     for (int64_t j = 0; j < t.rows; j++) {
       const Element<T> e = element(p, t, cos, j, i, target);
       const Rival<Vec<T>> n = rival<rule, Ops>(e.c, tau, p.args);
@@ -27,7 +28,7 @@ void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>&
       if (soft)
         softplus<T>(u, value, a);
       else
-        a = exponential(u - red);
+        a = exponential(u - red - red_low);
       const Vec<T> g_u = select(e.excluded, zero, g_red * a + g_sum);
       if constexpr (extras) d_bias[j] += lane_sum<T>(g_u);
       const Vec<T> g_c = g_u * scale * (p.unit_slope ? zero + T(1) : n.slope);
@@ -74,7 +75,7 @@ void add_targets(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t,
 template <class T>
 void undo_norm(const T* w, T inv, int64_t dim, T* d_w) {
   constexpr int64_t lanes = kLanes<T>;
-  if (inv >= 1 / kEps<T>) {  // a clamped norm is a constant
+  if (inv >= T(1 / kEps)) {  // a clamped norm is a constant
     for (int64_t d = 0; d < dim; d++) d_w[d] *= inv;
     return;
   }

@@ -227,9 +227,11 @@ void merge_row(const Problem<T>& p, int64_t splits, int64_t i, const ForwardOut<
     sum_v += state(s, 6);
   }
   const double whole = soft || sum == 0 ? 1 : sum;  // what A is divided by
-  out.red[i] = T(soft ? sum : std::log(sum) + (sum == 0 ? 0 : double(K) * 0.6931471805599453));
-  const T row[5] = {best, T(count), T(masked), T(mean_v / whole), T(sum_v)};
-  for (int64_t k = 0; k < 5; k++) out.aux[k * p.batch + i] = row[k];
+  const double red = soft ? sum : std::log(sum) + (sum == 0 ? 0 : double(K) * 0.6931471805599453);
+  out.red[i] = T(red);
+  const T low = sum == 0 ? T(0) : T(red - out.red[i]);
+  const T row[kAuxRows] = {best, T(count), T(masked), T(mean_v / whole), T(sum_v), low};
+  for (int64_t k = 0; k < kAuxRows; k++) out.aux[k * p.batch + i] = row[k];
   for (int64_t s = 0; s < splits && out.o_red; s++) {
     const Partial<T> part = partial_of(p, out.partial, s);
     const T f = T(factor(s) / whole);

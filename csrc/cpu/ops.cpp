@@ -200,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_sweep(const Tenso
     return torch::stable::new_empty(x, std::vector<int64_t>(shape), kType<T>);
   };
   const bool dx = p.want & kDx, sum = p.want & kSum;
-  Tensor red = make({p.batch}), sum_u = make({p.batch}), aux = make({5, p.batch});
+  Tensor red = make({p.batch}), sum_u = make({p.batch}), aux = make({kAuxRows, p.batch});
   Tensor o_red = dx ? make({p.batch, p.dim}) : make({0}), o_sum = dx && sum ? make({p.batch, p.dim}) : make({0});
   Tensor partial = make({forward_workspace(p)});
   const ForwardOut<T> out{red.mutable_data_ptr<T>(),
@@ -244,15 +244,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& x, const T
   const Problem<T>& p = call.p;
   const std::vector<T> g_red = read_vector<T>(up.g_red, p.padded), g_cos_y = read_vector<T>(up.g_cos_y, p.padded),
                        g_sum_u = read_vector<T>(up.g_sum_u, p.padded);
-  std::vector<T> red = read_vector<T>(up.red, p.padded);
+  std::vector<T> red = read_vector<T>(up.red, p.padded), red_low(p.padded);
+  std::copy_n(up.aux.const_data_ptr<T>() + 5 * p.batch, p.batch, red_low.begin());
   for (T& r : red)  // no rival: exp(u - red) must be 0
     if (r == -std::numeric_limits<T>::infinity()) r = T(1e30);
   std::vector<int64_t> by_target(p.batch);
   std::iota(by_target.begin(), by_target.end(), 0);
   std::stable_sort(by_target.begin(), by_target.end(),
                    [&](int64_t a, int64_t b) { return call.target_row[a] < call.target_row[b]; });
-  const BackwardIn<T> in{g_red.data(), g_cos_y.data(), g_sum_u.data(), red.data(), call.target_row.data(),
-                         by_target.data()};
+  const BackwardIn<T> in{g_red.data(), g_cos_y.data(), g_sum_u.data(), red.data(), red_low.data(),
+                         call.target_row.data(), by_target.data()};
 
   const auto make = [&](bool needed, const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
     return torch::stable::new_empty(like, needed ? std::vector<int64_t>(shape) : std::vector<int64_t>{0}, type);

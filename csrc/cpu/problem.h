@@ -58,7 +58,7 @@ struct Problem {
 template <class T>
 struct ForwardOut {
   T* red;             // [batch]
-  T* aux;             // [5, batch], the rows of spec.Aux
+  T* aux;             // [kAuxRows, batch], the rows of spec.Aux
   T *o_red, *o_sum;   // [batch, dim] or null
   T* partial;         // forward_workspace() elements
 };
@@ -66,7 +66,7 @@ struct ForwardOut {
 template <class T>
 struct BackwardIn {
   const T *g_red, *g_cos_y, *g_sum_u;  // [padded]
-  const T* red;                        // [padded]
+  const T *red, *red_low;              // [padded], red in two parts
   const int64_t* target_row;           // [batch] the row of w that is the row's target, or -1
   const int64_t* by_target;            // [batch] row numbers in rising order of (target_row, row number)
 };
@@ -96,6 +96,7 @@ inline Partition partition(int64_t padded, int64_t classes, int64_t sub_centers)
 
 // Partial sums of one row in one split: K (the power of two taken out), sum, best, count, masked sum, mean v, sum v, u.
 constexpr int64_t kRowState = 8;
+constexpr int64_t kAuxRows = 6;
 
 // Elements of ForwardOut::partial: for each split and row, its state and its share of o_red and o_sum.
 template <class T>

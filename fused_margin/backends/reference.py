@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..rules import RULES
-from ..spec import EPS, Need, Spec, Want, acc_dtype
+from ..spec import EPS, Aux, Need, Spec, Want, acc_dtype
 
 
 def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
@@ -114,7 +114,7 @@ def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple
     with torch.autocast(x.device.type, enabled=False):
         cos_y, c, v, u, rival = _sweep(x, w, labels, scale, tau, bias, index, rule_args, spec)
         red, a = _reduce(u, rival, spec.reduction)
-        aux = cos_y.new_zeros(5, len(labels))
+        aux = cos_y.new_zeros(len(Aux._fields), len(labels))
         aux[0] = c.masked_fill(~rival, -torch.inf).amax(1) if c.shape[1] else -torch.inf
         if tau is not None:
             masked = rival & (c > tau[:, None])

@@ -1,0 +1,120 @@
+"""A small convolutional network, and several trainings of it side by side: one batch at a time, each given to all of them.
+
+Side by side means that the trainings see the same images in the same order, and that a busy machine slows all alike.
+"""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from glyph_data import Glyphs, distort
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import fused_margin as fm
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is trained, and how."""
+
+    margin: fm.Margin
+    steps: int = 1000
+    batch: int = 128
+    embedding_size: int = 128
+    scale: float = 30.0
+    learning_rate: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    warm_up: float = 0.1  # part of the steps in which the learning rate rises
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate at a step in parts of the largest: a linear rise, then half a cosine down to nothing."""
+        rise = max(1, round(self.warm_up * self.steps))
+        if step < rise:
+            return (step + 1) / rise
+        return (1 + math.cos(math.pi * (step - rise) / (self.steps - rise))) / 2
+
+
+@dataclass
+class Run:
+    """One training: a network, a head on top of it, and what was measured."""
+
+    name: str
+    network: nn.Module
+    head: fm.MarginHead
+    optimizer: torch.optim.Optimizer
+    losses: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+    head_seconds: float = 0.0
+
+    def step(self, images: Tensor, labels: Tensor, rate: float) -> None:
+        """One step of training; the head's seconds are those of its forward and backward."""
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * rate
+        features = self.network(images)
+        embeddings = features.detach().requires_grad_()
+        head_start = time.perf_counter()
+        loss = self.head(embeddings, labels)
+        loss.backward()
+        self.head_seconds += time.perf_counter() - head_start
+        features.backward(embeddings.grad)
+        self.optimizer.step()
+        self.seconds += time.perf_counter() - start
+        self.losses.append(loss.item())
+
+
+def block(channels: int, out: int, kernel: int, stride: int) -> nn.Sequential:
+    """Convolution, batch norm, ReLU."""
+    convolution = nn.Conv2d(channels, out, kernel, stride, kernel // 2, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(out), nn.ReLU(inplace=True))
+
+
+def make_network(embedding_size: int) -> nn.Module:
+    """Images [B, 1, 32, 32] to embeddings [B, embedding_size]."""
+    network = nn.Sequential(
+        block(1, 32, kernel=5, stride=2),
+        block(32, 64, kernel=3, stride=2),
+        block(64, 64, kernel=3, stride=1),
+        block(64, 128, kernel=3, stride=2),
+        nn.Flatten(),
+        nn.Linear(128 * 4 * 4, embedding_size, bias=False),
+        nn.BatchNorm1d(embedding_size),
+    )
+    return network.to(memory_format=torch.channels_last)
+
+
+def make_run(name: str, recipe: Recipe, num_classes: int, backend: str | None) -> Run:
+    """A training at its start. The initial weights depend on the seed alone."""
+    torch.manual_seed(recipe.seed)
+    network = make_network(recipe.embedding_size)
+    head = fm.MarginHead(
+        embedding_size=recipe.embedding_size,
+        num_classes=num_classes,
+        margin=recipe.margin,
+        scale=recipe.scale,
+        backend=backend,
+    )
+    optimizer = torch.optim.SGD(
+        [{"params": [*network.parameters(), *head.parameters()], "initial_lr": recipe.learning_rate}],
+        lr=recipe.learning_rate,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        nesterov=True,
+    )
+    return Run(name, network, head, optimizer)
+
+
+def batches(glyphs: Glyphs, classes: Tensor, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
+    """Images [B, 1, 32, 32] and labels [B] of every step; a label is a place in `classes`. The seed decides everything."""
+    generator = torch.Generator().manual_seed(recipe.seed)
+    for _ in range(recipe.steps):
+        labels = torch.randint(len(classes), [recipe.batch], generator=generator)
+        faces = torch.randint(len(glyphs.faces), [recipe.batch], generator=generator)
+        images = distort(glyphs.drawings[classes[labels], faces], generator)
+        yield images.to(memory_format=torch.channels_last), labels

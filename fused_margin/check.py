@@ -1,0 +1,165 @@
+"""Checks a margin on every backend: gradients by finite differences, and parity with the float64 reference.
+
+The rule: in float64 within 1e-10; in float32 at most twice the error of plain PyTorch in float32; with bfloat16 or
+float16 operands at most twice the error of plain PyTorch with the same operands rounded. Errors are relative to the
+largest entry of a tensor, and those of a few seeds together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import margins
+from .backends import BACKENDS, why_not
+from .functional import margin_cross_entropy
+from .margins import Margin, as_margin
+
+_ROWS, _CLASSES, _DIM, _SCALE = 33, 131, 24, 16.0
+_GAP = 0.005  # in a cosine: what rounding both operands to bfloat16 may change
+_FACTOR, _FLOOR = 2.0, 4e-7  # the floor: a few units in the last place, where plain PyTorch is lucky
+
+
+class Result(NamedTuple):
+    """One line of the table: what was checked, the error found and the error allowed."""
+
+    margin: str
+    backend: str
+    check: str
+    error: float
+    allowed: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.allowed  # False for nan
+
+
+def _data(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings around their class centres, so that target cosines cover most of [-1, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    w = torch.randn(_CLASSES, _DIM, generator=generator, dtype=torch.float64)
+    labels = torch.randint(_CLASSES, (_ROWS,), generator=generator)
+    noise = 0.4 * torch.randn(_ROWS, _DIM, generator=generator, dtype=torch.float64)
+    return torch.linspace(-1.5, 3, _ROWS, dtype=torch.float64)[:, None] * w[labels] + noise, w, labels
+
+
+def _with_gap(margin: Margin, data: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ignores the rows with a rival so close to the threshold that a 16-bit operand may put it on the other side."""
+    x, w, labels = data
+    cos = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(w).T
+    tau = margin.threshold(cos.gather(1, labels[:, None])[:, 0])
+    if tau is None:
+        return data
+    distance = (cos - tau[:, None]).abs().scatter(1, labels[:, None], torch.inf).amin(1)
+    return x, w, torch.where(distance > _GAP, labels, -100)
+
+
+def _run(margin: Margin, data: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, backend: str) -> list[Tensor]:
+    """Losses and both gradients; 16-bit dtypes are those of the products' operands."""
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    x, w = (t.to(acc).requires_grad_() for t in data[:2])
+    losses = margin_cross_entropy(
+        x, w, data[2], margin, scale=_SCALE, reduction="none", compute_dtype=dtype, backend=backend
+    )
+    weights = torch.linspace(0.5, 1.5, _ROWS, dtype=losses.dtype)
+    return [losses.detach().double(), *(g.double() for g in torch.autograd.grad(losses @ weights, (x, w)))]
+
+
+def _error(got: list[Tensor], expected: list[Tensor]) -> float:
+    errors = [((g - e).abs().max() / e.abs().max().clamp_min(1e-30)).item() for g, e in zip(got, expected, strict=True)]
+    return float(torch.tensor(errors).max())  # keeps a nan
+
+
+def _gradcheck(margin: Margin, backend: str) -> float:
+    """The largest relative difference of a directional derivative from central differences, in float64."""
+    x, w, labels = _data(0)
+    losses = margin_cross_entropy
+    options = {"scale": _SCALE, "backend": backend}
+    leaves = [x.requires_grad_(), w.requires_grad_()]
+    grads = torch.autograd.grad(losses(x, w, labels, margin, **options), leaves)
+    worst = 0.0
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for leaf, grad in zip(leaves, grads, strict=True):
+            for _ in range(4):
+                direction = torch.randn(leaf.shape, generator=generator, dtype=leaf.dtype)
+                step = 1e-6 * direction
+                ends = []
+                for sign in (1, -1):
+                    moved = [t + sign * step if t is leaf else t for t in leaves]
+                    ends.append(losses(*moved, labels, margin, **options))
+                numeric = (ends[0] - ends[1]) / 2e-6
+                analytic = (grad * direction).sum()
+                worst = max(worst, ((numeric - analytic).abs() / analytic.abs().clamp_min(1e-3)).item())
+    return worst
+
+
+def check_margin(
+    margin: Margin | Callable[[Tensor], Tensor], backends: Iterable[str] | None = None, quick: bool = False
+) -> list[Result]:
+    """Checks a margin (yours or the library's) on the backends given, by default on all that are present.
+
+    Args:
+        margin: a margin, or a function that maps target cosines [B] to [B]; parameters float or 0-dim.
+        quick: fewer seeds and no 16-bit operands.
+    Returns: one `Result` for each check; all are fine if `all(r.ok for r in results)`. A margin with
+        `gradient="detached"` is compared with the reference only, as its gradient is not the slope of the loss.
+    """
+    margin = as_margin(margin)
+    name = _describe(margin)
+    present = [b for b in BACKENDS if not why_not(b)] if backends is None else list(backends)
+    for backend in present:
+        if why_not(backend):
+            raise ValueError(f"backend {backend!r} is not present: {', '.join(why_not(backend))}")
+    data = [_with_gap(margin, _data(seed)) for seed in range(2 if quick else 5)]
+    exact = [_run(margin, d, torch.float64, "reference") for d in data]
+    results = []
+    for backend in present:
+        if margin.gradient == "exact":
+            results.append(Result(name, backend, "gradient", _gradcheck(margin, backend), 1e-6))
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)[: 2 if quick else 4]:
+            if backend == "reference" and dtype != torch.float32:
+                continue  # the reference is the measure of the others
+            error = max(_error(_run(margin, d, dtype, backend), e) for d, e in zip(data, exact, strict=True))
+            plain = max(_error(_run(margin, d, dtype, "reference"), e) for d, e in zip(data, exact, strict=True))
+            allowed = 1e-10 if dtype == torch.float64 else _FACTOR * max(plain, _FLOOR)
+            results.append(Result(name, backend, str(dtype).removeprefix("torch."), error, allowed))
+    return results
+
+
+def _describe(margin: Margin) -> str:
+    text = str(margin)
+    return text.replace(", gradient='exact'", "").replace("gradient='exact'", "").replace("gradient='detached'", "detached")
+
+
+def all_margins() -> list[Margin]:
+    """The margins of the library, as `python -m fused_margin check` runs them."""
+    m = margins
+    exact = [
+        m.NormFace(),
+        m.CosFace(0.35),
+        *(m.ArcFace(0.5, tail) for tail in m.TAILS),
+        *(m.SphereFace(k) for k in (1, 2, 3, 4, 1.7)),
+        m.CombinedMargin(1.0, 0.3, 0.2),
+        m.CombinedMargin(1.2, 0.3, 0.2),
+        m.SVSoftmax(1.2),
+        m.SVSoftmax(1.2, m.CosFace(0.35)),
+        m.SVSoftmax(1.2, m.ArcFace(0.5)),
+    ]
+    return [*exact, m.ArcFace(0.5, gradient="detached"), m.SVSoftmax(1.2, gradient="detached")]
+
+
+def table(results: list[Result]) -> str:
+    """The results as lines of text: a row a margin and backend, a column a check, errors with what is allowed."""
+    checks = list(dict.fromkeys(r.check for r in results))
+    rows = {}
+    for r in results:
+        cell = f"{r.error:.1e} {'ok' if r.ok else f'> {r.allowed:.1e} FAILED'}"
+        rows.setdefault((r.margin, r.backend), {})[r.check] = cell
+    lines = [["margin", "backend", *checks]]
+    lines += [[*key, *(cells.get(c, "-") for c in checks)] for key, cells in rows.items()]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(line, widths, strict=True)).rstrip() for line in lines)
