@@ -30,7 +30,8 @@ FM_HOST_DEVICE Rival<V> rival(V c, V tau, const T* args) {
     return {Ops::select(masked, c * (c + args[0]), c), Ops::select(masked, T(2) * c + args[0], one)};
   } else if constexpr (code == RuleCode::clip) {  // between lo and hi
     const V lo = zero + args[0], hi = zero + args[1];
-    return {Ops::select(c > hi, hi, Ops::select(c < lo, lo, c)), Ops::select(c > hi, zero, Ops::select(c < lo, zero, one))};
+    return {Ops::select(c > hi, hi, Ops::select(c < lo, lo, c)),
+            Ops::select(c > hi, zero, Ops::select(c < lo, zero, one))};
   } else if constexpr (code == RuleCode::filter) {  // 0 above the threshold
     const auto dropped = c > zero + args[0];
     return {Ops::select(dropped, zero, c), Ops::select(dropped, zero, one)};

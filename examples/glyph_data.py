@@ -37,12 +37,12 @@ class Glyphs:
 class Distortion:
     """The largest distortion of a sample: angles in degrees, shift in parts of the image side, contrast and noise of 1."""
 
-    rotation: float = 12.0
-    shear: float = 12.0
-    scale: float = 0.15
-    shift: float = 0.06
+    rotation: float = 10.0
+    shear: float = 8.0
+    scale: float = 0.1
+    shift: float = 0.04
     contrast: float = 0.4
-    noise: float = 0.08
+    noise: float = 0.05
 
 
 def text_faces() -> list[Path]:

@@ -24,7 +24,7 @@ class Recipe:
     steps: int = 1000
     batch: int = 128
     embedding_size: int = 128
-    scale: float = 30.0
+    scale: float = 20.0
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -32,10 +32,10 @@ class Recipe:
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """The learning rate at a step in parts of the largest: a linear rise, then half a cosine down to nothing."""
+        """The learning rate at a step in parts of the largest: it rises as the square, then falls as half a cosine."""
         rise = max(1, round(self.warm_up * self.steps))
         if step < rise:
-            return (step + 1) / rise
+            return ((step + 1) / rise) ** 2
         return (1 + math.cos(math.pi * (step - rise) / (self.steps - rise))) / 2
 
 

@@ -32,8 +32,8 @@ def _check(quick: bool) -> int:
     print(table(results))
     failed = sum(not r.ok for r in results)
     print(
-        f"\n{len(results)} checks, {failed} failed. Largest error relative to the largest entry, of losses and gradients "
-        "against float64; gradient: against finite differences."
+        f"\n{len(results)} checks, {failed} failed. Error: the largest, relative to the largest entry, of losses and "
+        "gradients against float64; gradient: against finite differences."
     )
     return int(failed > 0)
 

@@ -131,8 +131,8 @@ def check_margin(
 
 
 def _describe(margin: Margin) -> str:
-    text = str(margin)
-    return text.replace(", gradient='exact'", "").replace("gradient='exact'", "").replace("gradient='detached'", "detached")
+    text = str(margin).replace(", gradient='exact'", "").replace("gradient='exact'", "")
+    return text.replace("gradient='detached'", "detached")
 
 
 def all_margins() -> list[Margin]:

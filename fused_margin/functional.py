@@ -157,7 +157,9 @@ def topk(embeddings: Tensor, weight: Tensor, k: int, compute_dtype: torch.dtype 
 def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, reduction: str) -> None:
     for name, t, shape in (("embeddings", embeddings, "[B, D]"), ("weight", weight, "[C, D]")):
         if t.dtype not in _FLOATS:
-            raise TypeError(f"{name} are {t.dtype}; expected float32, bfloat16, float16 or float64, as in {name}.float()")
+            raise TypeError(
+                f"{name} are {t.dtype}; expected float32, bfloat16, float16 or float64, as in {name}.float()"
+            )
         if t.dim() != 2:
             raise ValueError(f"{name} have shape {list(t.shape)}; expected two dimensions, {shape}")
     if embeddings.shape[1] != weight.shape[1]:
@@ -175,8 +177,8 @@ def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
         )
     if labels.dim() == 2 and labels.is_floating_point():
         raise TypeError(
-            f"labels are a matrix {list(labels.shape)} of {labels.dtype}; expected class numbers [B]. For mixup, call the "
-            "loss once for each of the two label vectors and add: lam * loss(e, a) + (1 - lam) * loss(e, b)"
+            f"labels are a matrix {list(labels.shape)} of {labels.dtype}; expected class numbers [B]. For mixup, call "
+            "the loss once for each of the two label vectors and add: lam * loss(e, a) + (1 - lam) * loss(e, b)"
         )
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"labels are {labels.dtype}; expected integers, as in labels.long()")
@@ -234,8 +236,12 @@ def _compute_dtype(asked: torch.dtype | None, embeddings: Tensor) -> torch.dtype
 
 def _want(embeddings: Tensor, scale: Tensor, stats: bool) -> int:
     grad = torch.is_grad_enabled()
-    flags = Want.STATS * stats | Want.DX * (grad and embeddings.requires_grad) | Want.DSCALE * (grad and scale.requires_grad)
-    return int(flags)
+    wanted = {
+        Want.STATS: stats,
+        Want.DX: grad and embeddings.requires_grad,
+        Want.DSCALE: grad and scale.requires_grad,
+    }
+    return sum(int(flag) for flag, asked in wanted.items() if asked)
 
 
 def _checked_target(target: Tensor, cos_y: Tensor) -> Tensor:

@@ -266,9 +266,7 @@ class ArcFace(Margin):
         return _tail(self.tail, cos_y, cos_y * cos_m - safe_sine(cos_y) * sin_m, beyond, -cos_m, self.m * sin_m)
 
 
-def _tail(
-    tail: str, c: Tensor, value: Tensor, beyond: Tensor, joint: float | Tensor, drop: float | Tensor
-) -> Tensor:
+def _tail(tail: str, c: Tensor, value: Tensor, beyond: Tensor, joint: float | Tensor, drop: float | Tensor) -> Tensor:
     """T past the angle where the margin's cosine would turn; `joint` is the cosine at which it does."""
     if tail == "raw":
         return value
@@ -358,8 +356,8 @@ class CombinedMargin(Margin):
 class SVSoftmax(Margin):
     """Support-vector softmax: rivals that come closer than the target are pushed harder.
 
-    Equivalent to: `T = base's T` and `N = t c + t - 1 where c > T(cos_y), else c`. Without a base it is SV-Softmax; with
-    one, SV-X-Softmax. The mask carries no gradient; t = 1 masks nothing.
+    Equivalent to: `T = base's T` and `N = t c + t - 1 where c > T(cos_y), else c`. Without a base it is SV-Softmax;
+    with one, SV-X-Softmax. The mask carries no gradient; t = 1 masks nothing.
     Args: t >= 1 (default 1.2; the paper finds that t > 1.4 may not converge): a float or a 0-dim tensor.
     Source: Wang et al. 2018, Support Vector Guided Softmax Loss (arXiv 1812.11317) eqs. 5-7, 12, 13; s = 30 there.
     """

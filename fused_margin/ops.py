@@ -81,11 +81,12 @@ def _(x, w, labels, index, *fields):
 @torch.library.register_fake("fused_margin::sweep")
 def _(x, w, labels, scale, tau, bias, index, rule_args, *fields):
     spec = Spec(*fields)
-    rows = x.new_empty(x.shape[0], dtype=acc_dtype(x))
+    red = x.new_empty(x.shape[0], dtype=acc_dtype(x))
+    cos_y, sum_u, aux = torch.empty_like(red), torch.empty_like(red), red.new_empty(len(Aux._fields), x.shape[0])
     flash = spec.want & Want.DX and spec.backend != "reference"  # the reference keeps nothing for its backward
-    o_red = rows.new_empty(x.shape if flash else (0,))
-    o_sum = rows.new_empty(x.shape if flash and spec.want & Want.SUM else (0,))
-    return rows, torch.empty_like(rows), torch.empty_like(rows), rows.new_empty(len(Aux._fields), x.shape[0]), o_red, o_sum
+    o_red = red.new_empty(x.shape if flash else (0,))
+    o_sum = red.new_empty(x.shape if flash and spec.want & Want.SUM else (0,))
+    return red, cos_y, sum_u, aux, o_red, o_sum
 
 
 @torch.library.register_fake("fused_margin::sweep_backward")

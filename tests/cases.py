@@ -18,7 +18,6 @@ from . import oracle
 from .error_rule import ErrorRule
 
 BACKENDS = ("reference", "cpu")
-MASK_GAP = 4e-6  # no rival's cosine lies nearer to a mask's threshold, so that float32 decides each mask as float64
 
 
 class Case(NamedTuple):
@@ -95,6 +94,14 @@ class Mode(NamedTuple):
     def acc(self) -> torch.dtype:
         return torch.float64 if self.x == torch.float64 else torch.float32
 
+    def mask_gap(self, dim: int) -> float:
+        """How far a rival's cosine stays from a mask's threshold, so that every precision decides the mask alike.
+
+        One entry on the other side changes a row's numbers by so much that nothing else could be seen.
+        """
+        rounding = 2 ** -oracle.SIGNIFICANT_BITS[self.operands] if self.operands else 0  # twice the standard error
+        return max(2 * rounding / dim**0.5, 4e-6)
+
 
 FP64 = Mode(torch.float64, torch.float64)
 FP32 = Mode(torch.float32, torch.float32)
@@ -131,7 +138,7 @@ class Problem:
 
 
 def spread(batch: int, classes: int, dim: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
-    """x [B, D], w [C, D] (float64) and labels: target cosines from -0.95 to 0.9, norms from 0.5 to 2."""
+    """x [B, D], w [C, D] (float64) and labels: target cosines from -0.95 to 0.9, norms from 0.7 to 1.4."""
     g = torch.Generator().manual_seed(seed)
     w = torch.nn.functional.normalize(torch.randn(classes, dim, generator=g, dtype=torch.float64))
     labels = torch.randint(classes, (batch,), generator=g)
@@ -139,20 +146,20 @@ def spread(batch: int, classes: int, dim: int, seed: int) -> tuple[Tensor, Tenso
     pull = 2 * torch.rand(batch, 1, generator=g, dtype=torch.float64) - 0.2
     pull[2::8] = -3  # beyond the angle where a margin's tail begins
     x = torch.randn(batch, dim, generator=g, dtype=torch.float64) / dim**0.5 + pull * w[labels]
-    x *= 0.5 + 1.5 * torch.rand(batch, 1, generator=g, dtype=torch.float64)
-    w *= 0.5 + 1.5 * torch.rand(classes, 1, generator=g, dtype=torch.float64)
+    x *= 0.7 + 0.7 * torch.rand(batch, 1, generator=g, dtype=torch.float64)
+    w *= 0.7 + 0.7 * torch.rand(classes, 1, generator=g, dtype=torch.float64)
     return x, w, labels
 
 
 def _balance(x: Tensor, w: Tensor, labels: Tensor, scale: Tensor, target: Callable, g: torch.Generator) -> Tensor:
-    """x turned towards or from its class until the target's logit is within 4 of the rivals' log-sum-exp.
+    """x turned towards or from its class until the target's logit is within 3 of the rivals' log-sum-exp.
 
     Rows of probability 0 or 1 hide errors: their loss is linear or their gradient 0.
     """
     w_hat = oracle.unit(w)
     y = w_hat[labels]
     side = oracle.unit(x - (x * y).sum(1, keepdim=True) * y)
-    offset = 8 * torch.rand(len(x), generator=g, dtype=torch.float64) - 4
+    offset = 6 * torch.rand(len(x), generator=g, dtype=torch.float64) - 3
     grid = torch.linspace(-0.98, 0.98, 197, dtype=torch.float64)[:, None]
     z = scale * target(grid.expand(-1, len(x)))  # [197, B]
     c = torch.full_like(offset, 0.3)
@@ -165,26 +172,39 @@ def _balance(x: Tensor, w: Tensor, labels: Tensor, scale: Tensor, target: Callab
     return turned * torch.linalg.vector_norm(x, dim=1, keepdim=True)
 
 
-def _clear_of_masks(x: Tensor, w: Tensor, labels: Tensor, threshold: Callable[[Tensor], Tensor], seed: int) -> Tensor:
-    """w with those classes drawn anew whose cosine lies within MASK_GAP of a row's threshold."""
+def _clear_of_masks(
+    x: Tensor, w: Tensor, labels: Tensor, threshold: Callable[[Tensor], Tensor], batch: int, gap: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """`batch` of the rows, and w, such that no rival's cosine lies within `gap` of a row's threshold.
+
+    Rows that are near it with a class that is somebody's target are dropped; other classes are drawn anew.
+    """
     g = torch.Generator().manual_seed(seed + 1)
-    for _ in range(50):
-        found = oracle.cosines(x.double(), w.double(), labels)
-        near = ((found.c - threshold(found.c_y)[:, None]).abs() < MASK_GAP) & found.rival
-        classes = near.any(0).nonzero().squeeze(1)
-        if not len(classes):
-            return w
-        w = w.clone()
+    found = oracle.cosines(x.double(), w.double(), labels)
+    tau = threshold(found.c_y)[:, None]
+    near = ((found.c - tau).abs() < gap) & found.rival
+    rows = (~near[:, labels].any(1)).nonzero().squeeze(1)[:batch]
+    assert len(rows) == batch, "draw more rows"
+    free = torch.ones(len(w), dtype=torch.bool)
+    free[labels] = False
+    classes, x_hat = (near[rows].any(0) & free).nonzero().squeeze(1), oracle.unit(x[rows].double())
+    while len(classes):
         w[classes] = torch.randn(len(classes), w.shape[1], generator=g, dtype=torch.float64).to(w.dtype)
-    raise RuntimeError("no weights clear of the masks found")
+        cos = x_hat @ oracle.unit(w[classes].double()).T
+        classes = classes[((cos - tau[rows]).abs() < gap).any(0)]
+    return rows, w
 
 
 def problem(
     case: Case, mode: Mode, batch: int, classes: int, dim: int, seed: int = 0, per: str = "", bias: bool = False
 ) -> Problem:
-    x, w, labels = spread(batch, classes, dim, seed)
+    """A head's inputs; three of four rows are balanced. `per`: scale and margin are tensors with gradient."""
+    drawn = batch if case.t is None else 2 * batch + 6
+    x, w, labels = spread(drawn, classes, dim, seed)
+    if case.t is not None:
+        labels = labels % 24 * (classes // 24) if classes > 24 else labels  # few targets, see _clear_of_masks
     g = torch.Generator().manual_seed(seed + 2)
-    count = {"sample": batch, "class": classes, "": 0}[per]
+    count = {"sample": drawn, "class": classes, "": 0}[per]
     tensors = {}
     if per:
         values = {"scale": 40.0, **case.params}
@@ -192,17 +212,23 @@ def problem(
         tensors = {name: (value * jitter[name]).to(mode.acc) for name, value in values.items()}
     if bias:
         tensors["bias"] = torch.randn(classes, generator=g, dtype=torch.float64).to(mode.acc)
-    upstream = 0.5 + torch.rand(batch, generator=g, dtype=torch.float64)
+    upstream = 0.5 + torch.rand(drawn, generator=g, dtype=torch.float64)
     made = Problem(case, mode, labels, tensors, upstream, per=per)
 
     params = {n: made.at_rows(tensors[n].double()) if per else v for n, v in case.params.items()}
-    scale = made.at_rows(tensors["scale"].double()) if per else torch.full((batch,), made.scale, dtype=torch.float64)
+    scale = made.at_rows(tensors["scale"].double()) if per else torch.full((drawn,), made.scale, dtype=torch.float64)
     balanced = _balance(x, w, labels, scale, lambda c: case.target(c, params), g)
-    rows = (torch.arange(batch) + seed) % 2 == 0
+    rows = (torch.arange(drawn) + seed) % 4 != 2
     x, w = torch.where(rows[:, None], balanced, x).to(mode.x), w.to(mode.w)
-    if case.t is not None:
-        w = _clear_of_masks(x, w, labels, lambda c: case.target(c, params), seed)
-    tensors |= {"x": x, "w": w}
+    made.tensors |= {"x": x, "w": w}
+    if case.t is None:
+        return made
+    keep, made.tensors["w"] = _clear_of_masks(
+        x, w, labels, lambda c: case.target(c, params), batch, mode.mask_gap(dim), seed
+    )
+    made.labels, made.upstream, made.tensors["x"] = labels[keep], upstream[keep], x[keep]
+    for name in tensors.keys() - {"x", "w", "bias"} if per == "sample" else ():
+        made.tensors[name] = tensors[name][keep]
     return made
 
 
@@ -260,17 +286,20 @@ def check(problems: Iterator[Problem], backend: str) -> None:
     rule.check()
 
 
-def covering(*axes: list, cost: Callable[..., float] = lambda *rest: 0) -> list[tuple]:
+def covering(*axes: list, cost: Callable[..., float]) -> list[tuple]:
     """Combinations of the axes in which every pair of values of two axes occurs, and all pairs of the first two.
 
     A greedy choice: for each pair of the first two, the rest that brings the most pairs not seen before; of equal ones
-    the cheapest.
+    one that was chosen least, and then the cheapest.
     """
     seen: set = set()
     chosen = []
-    rests = sorted(itertools.product(*axes[2:]), key=lambda rest: cost(*rest))
-    for head in itertools.product(*axes[:2]):
-        best = max(rests, key=lambda rest: len(_pairs(head + rest) - seen))
+    uses = dict.fromkeys(sorted(itertools.product(*axes[2:]), key=lambda rest: cost(*rest)), 0)
+    for turn, head in itertools.product(range(2), itertools.product(*axes[:2])):
+        best = max(uses, key=lambda rest: (len(_pairs(head + rest) - seen), -uses[rest]))
+        if turn and not _pairs(head + best) - seen:
+            continue  # the second turn only fills gaps
+        uses[best] += 1
         seen |= _pairs(head + best)
         chosen.append(head + best)
     return chosen

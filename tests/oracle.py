@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 SIGNIFICANT_BITS = {torch.bfloat16: 8, torch.float16: 11}
@@ -262,7 +263,10 @@ def rows(
     ignore_index: int = -100,
     **options,
 ) -> Tensor:
-    """The loss of every row [B], 0 where it is ignored. Exact from 1e-300 to 1e300, and 0 where there is no rival."""
+    """The loss of every row [B], 0 where it is ignored.
+
+    In float64 exact from 1e-300 to 1e300, and 0 where there is no rival; in float32 as cross_entropy has it.
+    """
     found = cosines(x, w, labels, **options)
     t_y = head.target(found.c_y.detach() if head.detached else found.c_y)  # a margin's own gradient is kept
     rule = ("identity", ()) if head.t is None else ("hard", (head.t, head.t - 1))
@@ -270,9 +274,12 @@ def rows(
     z = scale * (t_y + found.c_y - found.c_y.detach() if head.detached else t_y)
     if bias is not None:
         z = z + bias[found.y]
-    d = torch.where(found.rival, u, -math.inf) - z[:, None]
-    top = d.detach().amax(1).clamp_min(0)
-    loss = top + torch.log1p(torch.expm1(-top) + torch.exp(d - top[:, None]).sum(1))
+    if z.dtype == torch.float32:
+        loss = F.cross_entropy(torch.where(found.rival, u, z[:, None]), found.y, reduction="none")
+    else:
+        d = torch.where(found.rival, u, -math.inf) - z[:, None]
+        top = d.detach().amax(1).clamp_min(0)
+        loss = top + torch.log1p(torch.expm1(-top) + torch.exp(d - top[:, None]).sum(1))
     return torch.where(labels == ignore_index, 0.0, loss)
 
 

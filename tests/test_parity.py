@@ -7,6 +7,7 @@ and each dtype runs at the largest shape.
 
 import functools
 import itertools
+import math
 
 import pytest
 import torch
@@ -18,16 +19,16 @@ from .error_rule import ErrorRule
 BATCHES, CLASSES, DIMS = [0, 1, 3, 128], [1, 2, 129, 10_007], [8, 100, 512]
 PARAMETERS = ["float", "sample", "class", "class_bias"]
 AXES = list(MARGINS), list(MODES), BATCHES, CLASSES, DIMS, PARAMETERS
-COVER = cases.covering(*AXES, cost=lambda batch, classes, dim, _: batch * classes * dim)
+COVER = cases.covering(*AXES, cost=lambda batch, classes, dim, _: classes * dim * (batch or math.inf))
 LARGEST = [("arcface_linear", mode, 128, 10_007, 512, "sample") for mode in MODES]
 RUNS = COVER + [run for run in LARGEST if run not in COVER]
 
 
-def _seeds(mode: str, batch: int, classes: int, dim: int) -> range:
-    """Draws enough for 32 independent rows, 128 where operands are rounded; fewer where the weights are large."""
+def _draws(mode: str, batch: int, classes: int, dim: int) -> int:
+    """Enough for 32 independent rows, 128 where operands are rounded; fewer where the weights are large."""
     rows = 128 if MODES[mode].operands else 32
     wanted = 1 if batch == 0 else max(rows // batch, 16 // classes)
-    return range(max(1, min(wanted, 12_000_000 // (classes * dim))))
+    return max(1, min(wanted, 12_000_000 // (classes * dim)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS, indirect=True)  # changes fastest: the backends share what is expected
@@ -39,17 +40,20 @@ def _seeds(mode: str, batch: int, classes: int, dim: int) -> range:
 def test_parity(margin, mode, batch, classes, dim, per, backend, threads):
     if batch * classes * dim < 1e8:
         torch.set_num_threads(1)  # quicker on tensors this small; test_determinism.py holds the thread counts together
-    rule = ErrorRule()
-    for p, plain, exact in _expected(margin, mode, batch, classes, dim, per):
-        rule.add_all(cases.run(p, backend), plain, exact)
+    rule, draws = ErrorRule(), _draws(mode, batch, classes, dim)
+    for first, last in ((0, draws), (draws, 4 * draws), (4 * draws, 16 * draws)):
+        for p, plain, exact in _expected(margin, mode, batch, classes, dim, per, first, last):
+            rule.add_all(cases.run(p, backend), plain, exact)
+        if not rule.failures():
+            return  # else plain PyTorch may have been lucky: more draws decide, not a wider limit
     rule.check()
 
 
 @functools.lru_cache(maxsize=1)
-def _expected(margin, mode, batch, classes, dim, per) -> list[tuple]:
+def _expected(margin, mode, batch, classes, dim, per, first, last) -> list[tuple]:
     per, _, bias = per.replace("float", "").partition("_")
     shape = MARGINS[margin], MODES[mode], batch, classes, dim
-    problems = [cases.problem(*shape, seed, per, bool(bias)) for seed in _seeds(mode, batch, classes, dim)]
+    problems = [cases.problem(*shape, seed, per, bool(bias)) for seed in range(first, last)]
     return [(p, cases.plain(p), cases.exact(p)) for p in problems]
 
 

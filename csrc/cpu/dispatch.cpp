@@ -121,8 +121,8 @@ __attribute__((visibility("default"))) const char* fm_cpu_path() {
   try {
     const auto& path = fused_margin::cpu_path();
     const auto by = [](bool torch) { return torch ? "torch's tile products (brgemm)" : "own loops"; };
-    text = std::string(path.name) + ", float32: " + by(path.products.f32) + ", bfloat16: " +
-           (path.products.bf16 ? by(true) : "computed in float32");
+    text = std::string(path.name) + ", float32: " + by(path.products.f32) +
+           ", bfloat16: " + (path.products.bf16 ? by(true) : "computed in float32");
   } catch (const std::exception& error) {
     text = error.what();
   }

@@ -192,13 +192,14 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
             for (int64_t d = 0; d < p.dim; d++) o_red[i * p.dim + d] *= factor;
         }
       add_share(p, products, tile, a, cos.columns, o_red, number > begin);
-      if (p.want & kSum) add_share(p, products, tile, slope, cos.columns, out.o_sum + cos.first * p.dim, number > begin);
+      if (p.want & kSum)
+        add_share(p, products, tile, slope, cos.columns, out.o_sum + cos.first * p.dim, number > begin);
     }
   }
   if (p.bf16) products.release(true);
   for (int64_t i = first; i < last; i++) {
     const int64_t r = i - first;
-    const T state[kRowState] = {s.K[r],         T(s.sum[r]),   s.best[r],      T(s.count[r]),
+    const T state[kRowState] = {s.K[r],         T(s.sum[r]),    s.best[r],     T(s.count[r]),
                                 T(s.masked[r]), T(s.mean_v[r]), T(s.sum_v[r]), T(0)};
     for (int64_t k = 0; k < kRowState; k++) out.state[k * p.padded + i] = state[k];
   }
@@ -207,7 +208,9 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
 // Adds the splits of one row, in order.
 template <class T>
 void merge_row(const Problem<T>& p, int64_t splits, int64_t i, const ForwardOut<T>& out) {
-  const auto state = [&](int64_t split, int64_t k) { return partial_of(p, out.partial, split).state[k * p.padded + i]; };
+  const auto state = [&](int64_t split, int64_t k) {
+    return partial_of(p, out.partial, split).state[k * p.padded + i];
+  };
   const bool soft = p.reduction == Reduction::softplus;
   T K = T(kNoPower), best = -std::numeric_limits<T>::infinity();
   for (int64_t s = 0; s < splits; s++) {

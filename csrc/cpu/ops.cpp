@@ -28,11 +28,16 @@ using MaybeTensor = std::optional<Tensor>;
 
 Storage storage_of(const Tensor& t) {
   switch (t.scalar_type()) {
-    case ScalarType::Float: return Storage::f32;
-    case ScalarType::Double: return Storage::f64;
-    case ScalarType::BFloat16: return Storage::bf16;
-    case ScalarType::Half: return Storage::f16;
-    default: STD_TORCH_CHECK(false, "fused_margin: expected a float32, float64, bfloat16 or float16 tensor");
+    case ScalarType::Float:
+      return Storage::f32;
+    case ScalarType::Double:
+      return Storage::f64;
+    case ScalarType::BFloat16:
+      return Storage::bf16;
+    case ScalarType::Half:
+      return Storage::f16;
+    default:
+      STD_TORCH_CHECK(false, "fused_margin: expected a float32, float64, bfloat16 or float16 tensor");
   }
   return Storage::f32;
 }
@@ -144,8 +149,7 @@ struct Call {
 
   template <class F>
   void by_strips(F f) const {
-    run_parallel(div_up(p.batch, kRowPad),
-                 [&](int64_t s) { f(s * kRowPad, std::min((s + 1) * kRowPad, p.batch)); });
+    run_parallel(div_up(p.batch, kRowPad), [&](int64_t s) { f(s * kRowPad, std::min((s + 1) * kRowPad, p.batch)); });
   }
 
  private:
@@ -184,8 +188,8 @@ Tensor to_tensor(const Tensor& like, const T* values, int64_t n) {
 Tensor target_cosine(Tensor x, Tensor w, Tensor labels, MaybeTensor index, int64_t rule, bool unit_slope,
                      int64_t reduction, int64_t sub_centers, bool normalize_x, bool normalize_w, bool bf16,
                      int64_t num_classes, int64_t first_class, int64_t ignore_index, int64_t want) {
-  const Options o{rule,        unit_slope, reduction,   sub_centers, normalize_x,  normalize_w,
-                  bf16,        num_classes, first_class, ignore_index, want};
+  const Options o{rule, unit_slope,  reduction,   sub_centers,  normalize_x, normalize_w,
+                  bf16, num_classes, first_class, ignore_index, want};
   return by_type(x, [&](auto type) {
     using T = decltype(type);
     const Call<T> call(x, w, labels, {}, {}, {}, index, {}, o);
@@ -203,10 +207,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_sweep(const Tenso
   Tensor red = make({p.batch}), sum_u = make({p.batch}), aux = make({kAuxRows, p.batch});
   Tensor o_red = dx ? make({p.batch, p.dim}) : make({0}), o_sum = dx && sum ? make({p.batch, p.dim}) : make({0});
   Tensor partial = make({forward_workspace(p)});
-  const ForwardOut<T> out{red.mutable_data_ptr<T>(),
-                          aux.mutable_data_ptr<T>(),
-                          dx ? o_red.mutable_data_ptr<T>() : nullptr,
-                          dx && sum ? o_sum.mutable_data_ptr<T>() : nullptr,
+  const ForwardOut<T> out{red.mutable_data_ptr<T>(), aux.mutable_data_ptr<T>(),
+                          dx ? o_red.mutable_data_ptr<T>() : nullptr, dx && sum ? o_sum.mutable_data_ptr<T>() : nullptr,
                           partial.mutable_data_ptr<T>()};
   if constexpr (sizeof(T) == 8)
     call.path.kernels->forward_f64(p, out, call.path.products, run_parallel);
@@ -226,8 +228,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sweep(
     Tensor x, Tensor w, Tensor labels, Tensor scale, MaybeTensor tau, MaybeTensor bias, MaybeTensor index,
     Tensor rule_args, int64_t rule, bool unit_slope, int64_t reduction, int64_t sub_centers, bool normalize_x,
     bool normalize_w, bool bf16, int64_t num_classes, int64_t first_class, int64_t ignore_index, int64_t want) {
-  const Options o{rule,        unit_slope, reduction,   sub_centers, normalize_x,  normalize_w,
-                  bf16,        num_classes, first_class, ignore_index, want};
+  const Options o{rule, unit_slope,  reduction,   sub_centers,  normalize_x, normalize_w,
+                  bf16, num_classes, first_class, ignore_index, want};
   return by_type(x, [&](auto type) {
     return run_sweep(x, Call<decltype(type)>(x, w, labels, scale, tau, bias, index, rule_args, o));
   });
@@ -252,8 +254,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& x, const T
   std::iota(by_target.begin(), by_target.end(), 0);
   std::stable_sort(by_target.begin(), by_target.end(),
                    [&](int64_t a, int64_t b) { return call.target_row[a] < call.target_row[b]; });
-  const BackwardIn<T> in{g_red.data(), g_cos_y.data(), g_sum_u.data(), red.data(), red_low.data(),
-                         call.target_row.data(), by_target.data()};
+  const BackwardIn<T> in{g_red.data(),   g_cos_y.data(),         g_sum_u.data(),  red.data(),
+                         red_low.data(), call.target_row.data(), by_target.data()};
 
   const auto make = [&](bool needed, const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
     return torch::stable::new_empty(like, needed ? std::vector<int64_t>(shape) : std::vector<int64_t>{0}, type);
@@ -291,8 +293,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_backward(
     MaybeTensor bias, MaybeTensor index, Tensor rule_args, Tensor red, Tensor aux, Tensor o_red, Tensor o_sum,
     int64_t rule, bool unit_slope, int64_t reduction, int64_t sub_centers, bool normalize_x, bool normalize_w,
     bool bf16, int64_t num_classes, int64_t first_class, int64_t ignore_index, int64_t want, int64_t need) {
-  const Options o{rule,        unit_slope, reduction,   sub_centers, normalize_x,  normalize_w,
-                  bf16,        num_classes, first_class, ignore_index, want};
+  const Options o{rule, unit_slope,  reduction,   sub_centers,  normalize_x, normalize_w,
+                  bf16, num_classes, first_class, ignore_index, want};
   return by_type(x, [&](auto type) {
     const Call<decltype(type)> call(x, w, labels, scale, tau, bias, index, rule_args, o);
     return run_backward(x, w, call, {g_red, g_cos_y, g_sum_u, red, aux, o_red, o_sum}, need);

@@ -17,10 +17,10 @@ namespace fused_margin {
 enum Want { kDx = 1, kSum = 2, kStats = 4, kDscale = 8 };  // as in fused_margin/spec.py
 enum Need { kX = 1, kW = 2, kScale = 4, kBias = 8 };
 
-constexpr int64_t kRowPad = 16;     // rows are padded to a multiple of this
-constexpr int64_t kRowBlock = 128;  // rows whose cosines with one class tile exist at one time
-constexpr int64_t kRowGroup = 256;  // rows that one task of the forward carries through its classes
-constexpr int64_t kTileRows = 128;  // rows of w that make one tile
+constexpr int64_t kRowPad = 16;            // rows are padded to a multiple of this
+constexpr int64_t kRowBlock = 128;         // rows whose cosines with one class tile exist at one time
+constexpr int64_t kRowGroup = 256;         // rows that one task of the forward carries through its classes
+constexpr int64_t kTileRows = 128;         // rows of w that make one tile
 constexpr int64_t kForwardTasks = 32;      // at most; a fixed number, so that sums do not depend on the thread count
 constexpr int64_t kTilesPerTask = 4;       // at least, in the forward
 constexpr int64_t kBackwardTileGroup = 4;  // tiles per task in the backward
@@ -57,10 +57,10 @@ struct Problem {
 
 template <class T>
 struct ForwardOut {
-  T* red;             // [batch]
-  T* aux;             // [kAuxRows, batch], the rows of spec.Aux
-  T *o_red, *o_sum;   // [batch, dim] or null
-  T* partial;         // forward_workspace() elements
+  T* red;            // [batch]
+  T* aux;            // [kAuxRows, batch], the rows of spec.Aux
+  T *o_red, *o_sum;  // [batch, dim] or null
+  T* partial;        // forward_workspace() elements
 };
 
 template <class T>

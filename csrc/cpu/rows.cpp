@@ -66,8 +66,8 @@ void finish_rows(const Problem<T>& p, const RowsIn& in, const RowsOut<T>& rows, 
     }
     const T red = g.g_red[i] * p.scale[i], sum = g.g_sum_u[i] * p.scale[i];
     for (int64_t d = 0; d < p.dim; d++)
-      d_hat[d] = (o_red ? red * o_red[i * p.dim + d] : T(0)) + (o_sum ? sum * o_sum[i * p.dim + d] : T(0)) +
-                 target * row[d];
+      d_hat[d] =
+          (o_red ? red * o_red[i * p.dim + d] : T(0)) + (o_sum ? sum * o_sum[i * p.dim + d] : T(0)) + target * row[d];
     const bool constant = !in.normalize_x || rows.inv[i] >= T(1 / kEps);  // no norm, or a clamped one
     const T along = constant ? T(0) : T(dot(d_hat.data(), x, p.dim));
     for (int64_t d = 0; d < p.dim; d++) d_hat[d] = (d_hat[d] - along * x[d]) * rows.inv[i];

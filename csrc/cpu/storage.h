@@ -62,10 +62,14 @@ struct F64 {
 template <class F>
 inline void visit(Storage s, F f) {
   switch (s) {
-    case Storage::f32: return f(F32{});
-    case Storage::f64: return f(F64{});
-    case Storage::bf16: return f(Bf16{});
-    case Storage::f16: return f(F16{});
+    case Storage::f32:
+      return f(F32{});
+    case Storage::f64:
+      return f(F64{});
+    case Storage::bf16:
+      return f(Bf16{});
+    case Storage::f16:
+      return f(F16{});
   }
 }
 

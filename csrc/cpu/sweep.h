@@ -7,7 +7,7 @@
 //
 // Included inside the namespace of an instruction set; never on its own.
 
-constexpr double kEps = 1e-12;  // norms are clamped from below, as in torch.nn.functional.normalize
+constexpr double kEps = 1e-12;      // norms are clamped from below, as in torch.nn.functional.normalize
 constexpr double kNoPower = -1e30;  // K of a row that has seen no rival
 
 // Memory that a thread keeps for the next call: fresh pages would cost more than the work on a small tile.
@@ -52,7 +52,8 @@ struct PackedRows {
   std::unique_ptr<uint16_t[]> rows16;     // [padded / 2, dim, 2]
   int64_t depth;                          // dim, in bf16 rounded up to what the tile unit takes at once
 
-  PackedRows(const Problem<T>& p, bool backward, const Parallel& parallel) : depth(p.bf16 ? round_up(p.dim, 32) : p.dim) {
+  PackedRows(const Problem<T>& p, bool backward, const Parallel& parallel)
+      : depth(p.bf16 ? round_up(p.dim, 32) : p.dim) {
     if (p.bf16) {
       columns16.reset(new uint16_t[p.padded * depth]);
       if (backward) rows16.reset(new uint16_t[p.padded * p.dim]);
@@ -86,7 +87,7 @@ struct PackedRows {
 template <class T>
 struct Tile {
   int64_t first_class, classes, rows;
-  const T* w;             // [rows, stride]
+  const T* w;  // [rows, stride]
   int64_t stride;
   T *copy, *inv, *ones;   // w where it cannot be read in place; 1 / max(|w_r|, eps), or 1; [rows] 1
   T *label, *bias;        // [rows] the row's class, counted from first_class; its bias, or 0
@@ -96,7 +97,8 @@ struct Tile {
 template <class T>
 int64_t tile_room(const Problem<T>& p, int64_t rows, int64_t depth) {
   using S = Scratch;
-  return S::room<T>(rows * p.dim) + 4 * S::room<T>(rows) + 2 * S::room<uint16_t>(p.bf16 ? round_up(rows, 32) * depth : 0);
+  return S::room<T>(rows * p.dim) + 4 * S::room<T>(rows) +
+         2 * S::room<uint16_t>(p.bf16 ? round_up(rows, 32) * depth : 0);
 }
 
 template <class T>
@@ -269,7 +271,7 @@ FM_INLINE void softplus(Vec<T> u, Vec<T>& value, Vec<T>& slope) {
 // The instance of a task for a rule, and for whether the rarer outputs are wanted.
 template <class Task>
 auto choose_rule(RuleCode rule, bool extras) {
-#define FM_RULE(name) \
+#define FM_RULE(name)  \
   case RuleCode::name: \
     return extras ? Task::template pointer<RuleCode::name, true>() : Task::template pointer<RuleCode::name, false>();
   switch (rule) {
@@ -279,7 +281,8 @@ auto choose_rule(RuleCode rule, bool extras) {
     FM_RULE(filter)
     FM_RULE(gauss)
     FM_RULE(circle)
-    default: FM_RULE(identity)
+    default:
+      FM_RULE(identity)
   }
 #undef FM_RULE
 }

@@ -140,5 +140,8 @@ def sweep_backward(
         # d red / d u = a, so this sum has the gradients of g_red . red + g_sum_u . sum_u + g_cos_y . cos_y
         total = (a * u).masked_fill(~rival, 0).sum() + (g_cos_y * cos_y).sum()
         grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    found = {flag: (torch.zeros_like(t) if g is None else g) for (flag, t), g in zip(leaves.items(), grads, strict=True)}
+    found = {
+        flag: torch.zeros_like(leaf) if grad is None else grad
+        for (flag, leaf), grad in zip(leaves.items(), grads, strict=True)
+    }
     return tuple(found.get(flag, red.new_empty(0)) for flag in asked)

@@ -1,0 +1,43 @@
+"""What README and docs show runs, and what they name exists."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import fused_margin as fm
+from fused_margin.check import all_margins
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_readme_snippets_run(capsys):
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(snippets) >= 3
+    scope = {}
+    for snippet in snippets:  # in one scope, as a reader would type them
+        exec(snippet, scope)
+    assert "torch.Size([32])" in capsys.readouterr().out
+    assert scope["head"].weight.grad.shape == (100_000, 512)
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/losses.md", "csrc/README.md"])
+def test_links_lead_somewhere(document):
+    path = ROOT / document
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+def test_losses_table_lists_every_margin():
+    text = (ROOT / "docs/losses.md").read_text()
+    for margin in all_margins():
+        assert f"`{type(margin).__name__}(" in text
+
+
+def test_readme_names_what_exists():
+    text = (ROOT / "README.md").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^    make (\w+)", text, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for name in re.findall(r"`fm\.(\w+)", text):
+        assert hasattr(fm, name), name
