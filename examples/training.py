@@ -32,10 +32,10 @@ class Recipe:
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """The learning rate at a step in parts of the largest: it rises as the square, then falls as half a cosine."""
+        """The learning rate at a step in parts of the largest: it rises as the cube, then falls as half a cosine."""
         rise = max(1, round(self.warm_up * self.steps))
         if step < rise:
-            return ((step + 1) / rise) ** 2
+            return ((step + 1) / rise) ** 3
         return (1 + math.cos(math.pi * (step - rise) / (self.steps - rise))) / 2
 
 

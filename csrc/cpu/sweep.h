@@ -255,7 +255,11 @@ FM_INLINE Element<T> element(const Problem<T>& p, const Tile<T>& t, const Cosine
                              Vec<T> target) {
   Vec<T> c = load(cos.c + r * cos.columns + i);
   auto excluded = target == splat(t.label[r]);
-  if (p.sub_centers > 1) excluded |= c == splat(kLoser<T>);
+  if (p.sub_centers > 1) {
+    const auto loser = c == splat(kLoser<T>);
+    excluded |= loser;
+    c = select(loser, Vec<T>{}, c);
+  }
   c *= cos.factor[r];
   if (p.clamp) c = select(c < splat(T(-1)), splat(T(-1)), select(c > splat(T(1)), splat(T(1)), c));  // a NaN stays one
   return {c, excluded};

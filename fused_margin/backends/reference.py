@@ -99,7 +99,7 @@ def _sweep(x, w, labels, scale, tau, bias, index, rule_args, spec):
 def _reduce(u: Tensor, rival: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     """red [B] and A = d red / d u [B, C]; red is -inf and A is 0 where a row has no rival."""
     if reduction == "softplus":
-        return (F.softplus(u, threshold=1e9) * rival).sum(1), torch.sigmoid(u) * rival
+        return (-F.logsigmoid(-u) * rival).sum(1), torch.sigmoid(u) * rival
     if not u.shape[1]:
         return u.new_full(u.shape[:1], -torch.inf), u
     u = u.masked_fill(~rival, -torch.inf)
