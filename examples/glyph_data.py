@@ -1,7 +1,8 @@
-"""Glyphs as a recognition data set: a class is a character, its samples are the 12 DejaVu text faces under random distortion.
+"""Glyphs as a recognition data set: a class is a character, its samples are 12 faces under random distortion.
 
-The faces are the ones inside matplotlib, so nothing is downloaded. Only characters that every face has are used, those
-without ink are dropped, and characters that no face tells apart (Latin A, Greek Alpha, Cyrillic A) become one class.
+The faces, DejaVu for text, are the ones inside matplotlib, so nothing is downloaded. Only characters that every face has
+are used, those without ink are dropped, and characters that no face tells apart (Latin A, Greek Alpha, Cyrillic A) become
+one class.
 """
 
 import math
@@ -35,7 +36,7 @@ class Glyphs:
 
 @dataclass(frozen=True)
 class Distortion:
-    """The largest distortion of a sample: angles in degrees, shift in parts of the image side, contrast and noise of 1."""
+    """The largest distortion of a sample: angles in degrees, shift in parts of the image side."""
 
     rotation: float = 10.0
     shear: float = 8.0
@@ -111,7 +112,7 @@ def load_glyphs() -> Glyphs:
 
 
 def distort(drawings: Tensor, generator: torch.Generator, most: Distortion | None = None) -> Tensor:
-    """Images [B, 1, IMAGE, IMAGE] of drawings [B, CANVAS, CANVAS], each rotated, sheared, scaled, shifted and made noisy."""
+    """Images [B, 1, IMAGE, IMAGE] of drawings [B, CANVAS, CANVAS], each distorted in its own way."""
     most = most or Distortion()
     n = len(drawings)
     rotation, shear, scale_x, scale_y, shift_x, shift_y, contrast = torch.rand(7, n, generator=generator) * 2 - 1

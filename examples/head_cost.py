@@ -3,6 +3,7 @@
 Memory is measured in a fresh process for each head, which is this file run as a script.
 """
 
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -44,6 +45,11 @@ class Size:
     batch: int = 128
     embedding_size: int = 512
     repeats: int = 9
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in float32, and of their gradient."""
+        return self.classes * self.embedding_size * 4
 
 
 @dataclass
@@ -89,7 +95,7 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def measure(size: Size, progress: Callable[[], object] = lambda: None) -> HeadCost:
-    """Compare results first, then time the heads in turns, then measure memory; `progress` is called 2 + repeats times."""
+    """Compare results, then time the heads in turns, then measure memory; `progress` is called repeats + 2 times."""
     inputs = make_inputs(size)
     results = {name: (step(name, *inputs)[0], inputs[0].grad, inputs[1].grad) for name in HEADS}
     plain, fused = results["plain"], results["fused"]
@@ -124,14 +130,13 @@ class PeakMemory:
     """The largest resident memory of this process, in bytes, since `restart`."""
 
     def restart(self) -> int | None:
-        """Start anew where the system can (Linux); the memory now in use, or None where no one counts it."""
-        try:
+        """Start anew, where the system can (Linux), and read."""
+        with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        except OSError:
-            return self.read()
         return self.read()
 
     def read(self) -> int | None:
+        """The bytes; None where no one counts them (Windows)."""
         status = Path("/proc/self/status")
         if status.exists():
             line = next((x for x in status.read_text().splitlines() if x.startswith("VmHWM:")), None)

@@ -1,6 +1,7 @@
-"""A small convolutional network, and several trainings of it side by side: one batch at a time, each given to all of them.
+"""A small convolutional network, and what one training of it takes.
 
-Side by side means that the trainings see the same images in the same order, and that a busy machine slows all alike.
+The trainings that are compared go side by side, a batch at a time: they see the same images in the same order, and a
+busy machine slows all alike.
 """
 
 import math
@@ -11,7 +12,6 @@ from dataclasses import dataclass, field
 import torch
 from glyph_data import Glyphs, distort
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import fused_margin as fm
 
@@ -31,19 +31,22 @@ class Recipe:
     warm_up: float = 0.1  # part of the steps in which the learning rate rises
     seed: int = 0
 
+    @property
+    def rise(self) -> int:
+        """The number of steps in which the learning rate rises."""
+        return max(1, round(self.warm_up * self.steps))
+
     def rate(self, step: int) -> float:
         """The learning rate at a step in parts of the largest: it rises as the cube, then falls as half a cosine."""
-        rise = max(1, round(self.warm_up * self.steps))
-        if step < rise:
-            return ((step + 1) / rise) ** 3
-        return (1 + math.cos(math.pi * (step - rise) / (self.steps - rise))) / 2
+        if step < self.rise:
+            return ((step + 1) / self.rise) ** 3
+        return (1 + math.cos(math.pi * (step - self.rise) / (self.steps - self.rise))) / 2
 
 
 @dataclass
 class Run:
     """One training: a network, a head on top of it, and what was measured."""
 
-    name: str
     network: nn.Module
     head: fm.MarginHead
     optimizer: torch.optim.Optimizer
@@ -51,8 +54,8 @@ class Run:
     seconds: float = 0.0
     head_seconds: float = 0.0
 
-    def step(self, images: Tensor, labels: Tensor, rate: float) -> None:
-        """One step of training; the head's seconds are those of its forward and backward."""
+    def step(self, images: Tensor, labels: Tensor, rate: float) -> Tensor:
+        """One step of training; returns the embeddings. The head's seconds are those of its forward and backward."""
         start = time.perf_counter()
         self.optimizer.zero_grad()
         for group in self.optimizer.param_groups:
@@ -67,6 +70,7 @@ class Run:
         self.optimizer.step()
         self.seconds += time.perf_counter() - start
         self.losses.append(loss.item())
+        return embeddings.detach()
 
 
 def block(channels: int, out: int, kernel: int, stride: int) -> nn.Sequential:
@@ -89,7 +93,7 @@ def make_network(embedding_size: int) -> nn.Module:
     return network.to(memory_format=torch.channels_last)
 
 
-def make_run(name: str, recipe: Recipe, num_classes: int, backend: str | None) -> Run:
+def make_run(recipe: Recipe, num_classes: int, backend: str | None) -> Run:
     """A training at its start. The initial weights depend on the seed alone."""
     torch.manual_seed(recipe.seed)
     network = make_network(recipe.embedding_size)
@@ -107,11 +111,11 @@ def make_run(name: str, recipe: Recipe, num_classes: int, backend: str | None) -
         weight_decay=recipe.weight_decay,
         nesterov=True,
     )
-    return Run(name, network, head, optimizer)
+    return Run(network, head, optimizer)
 
 
 def batches(glyphs: Glyphs, classes: Tensor, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
-    """Images [B, 1, 32, 32] and labels [B] of every step; a label is a place in `classes`. The seed decides everything."""
+    """Images [B, 1, 32, 32] and labels [B] of every step, decided by the seed; a label is a place in `classes`."""
     generator = torch.Generator().manual_seed(recipe.seed)
     for _ in range(recipe.steps):
         labels = torch.randint(len(classes), [recipe.batch], generator=generator)

@@ -232,7 +232,7 @@ def problem(
     return made
 
 
-def _gradients(p: Problem, leaves: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
+def gradients(p: Problem, leaves: dict[str, Tensor], loss: Tensor) -> dict[str, Tensor]:
     grads = torch.autograd.grad((loss * p.upstream.to(loss.dtype)).sum(), list(leaves.values()))
     return {"loss": loss.detach()} | {f"d_{n}": g for n, g in zip(leaves, grads, strict=True)}
 
@@ -254,7 +254,7 @@ def run(p: Problem, backend: str) -> dict[str, Tensor]:
         backend=backend,
         **p.options,
     )
-    return _gradients(p, leaves, loss)
+    return gradients(p, leaves, loss)
 
 
 def _oracle(p: Problem, leaves: dict[str, Tensor], operands: torch.dtype | None) -> dict[str, Tensor]:
@@ -265,7 +265,7 @@ def _oracle(p: Problem, leaves: dict[str, Tensor], operands: torch.dtype | None)
         leaves["x"], leaves["w"], p.labels, p.case.head(params), scale, leaves.get("bias"), operands=operands,
         **p.options,
     )  # fmt: skip
-    return _gradients(p, leaves, loss)
+    return gradients(p, leaves, loss)
 
 
 def exact(p: Problem) -> dict[str, Tensor]:

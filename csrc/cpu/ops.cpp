@@ -46,17 +46,21 @@ Weights rows_of(const Tensor& t, const MaybeTensor& index = {}) {
   STD_TORCH_CHECK(t.dim() == 2, "fused_margin: expected a matrix, got ", t.dim(), " dimensions");
   STD_TORCH_CHECK(!index || (index->scalar_type() == ScalarType::Long && index->is_contiguous()),
                   "fused_margin: index must be contiguous and int64");
+  for (int64_t i = 0; index && i < index->numel(); i++) {
+    const int64_t row = index->const_data_ptr<int64_t>()[i];
+    STD_TORCH_CHECK(row >= 0 && row < t.size(0), "index[", i, "] = ", row, " is outside [0, ", t.size(0), ")");
+  }
   return {t.const_data_ptr(), storage_of(t), t.stride(0), t.stride(1),
           index ? index->const_data_ptr<int64_t>() : nullptr};
 }
 
-// A vector of any float type and stride as T, zero from its end up to `padded`.
+// A vector of `expected` values of any float type and stride as T, zero from its end up to `padded`.
 template <class T>
-std::vector<T> read_vector(const MaybeTensor& t, int64_t padded) {
+std::vector<T> read_vector(const char* name, const MaybeTensor& t, int64_t expected, int64_t padded) {
   std::vector<T> out(static_cast<size_t>(padded));
   if (!t) return out;
   const int64_t n = t->numel(), stride = t->dim() ? t->stride(0) : 1;
-  STD_TORCH_CHECK(n <= padded, "fused_margin: a row parameter has ", n, " values, more than there are rows");
+  STD_TORCH_CHECK(n == expected, "fused_margin: ", name, " has ", n, " values; expected ", expected);
   storage::visit(storage_of(*t), [&](auto type) {
     using S = decltype(type);
     const S* in = static_cast<const S*>(t->const_data_ptr());
@@ -128,14 +132,14 @@ struct Call {
     p.reduction = static_cast<Reduction>(o.reduction);
     p.want = int(o.want);
     read_targets(labels, o);
-    scale = read_vector<T>(scale_in, p.padded);
-    tau = read_vector<T>(tau_in, p.padded);
-    args = read_vector<T>(args_in, 4);
+    scale = read_vector<T>("scale", scale_in, p.batch, p.padded);
+    tau = read_vector<T>("tau", tau_in, p.batch, p.padded);
+    args = read_vector<T>("rule_args", args_in, args_in ? args_in->numel() : 0, kRuleArgs);
     p.scale = scale.data();
     p.tau = tau.data();
     p.args = args.data();
     if (bias_in) {
-      bias = read_vector<T>(bias_in, p.classes);
+      bias = read_vector<T>("bias", bias_in, p.classes, p.classes);
       p.bias = bias.data();
     }
     x_hat.resize(p.padded * p.dim);
@@ -244,9 +248,10 @@ template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& x, const Tensor& w, const Call<T>& call,
                                                         const Upstream& up, int64_t need) {
   const Problem<T>& p = call.p;
-  const std::vector<T> g_red = read_vector<T>(up.g_red, p.padded), g_cos_y = read_vector<T>(up.g_cos_y, p.padded),
-                       g_sum_u = read_vector<T>(up.g_sum_u, p.padded);
-  std::vector<T> red = read_vector<T>(up.red, p.padded), red_low(p.padded);
+  const auto rows = [&](const char* name, const Tensor& t) { return read_vector<T>(name, t, p.batch, p.padded); };
+  const std::vector<T> g_red = rows("g_red", up.g_red), g_cos_y = rows("g_cos_y", up.g_cos_y),
+                       g_sum_u = rows("g_sum_u", up.g_sum_u);
+  std::vector<T> red = rows("red", up.red), red_low(p.padded);
   std::copy_n(up.aux.const_data_ptr<T>() + 5 * p.batch, p.batch, red_low.begin());
   for (T& r : red)  // no rival: exp(u - red) must be 0
     if (r == -std::numeric_limits<T>::infinity()) r = T(1e30);

@@ -17,6 +17,7 @@ namespace fused_margin {
 enum Want { kDx = 1, kSum = 2, kStats = 4, kDscale = 8 };  // as in fused_margin/spec.py
 enum Need { kX = 1, kW = 2, kScale = 4, kBias = 8 };
 
+constexpr int64_t kRuleArgs = 2;           // at most
 constexpr int64_t kRowPad = 16;            // rows are padded to a multiple of this
 constexpr int64_t kRowBlock = 128;         // rows whose cosines with one class tile exist at one time
 constexpr int64_t kRowGroup = 256;         // rows that one task of the forward carries through its classes
