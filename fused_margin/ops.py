@@ -110,7 +110,7 @@ def _backward(ctx, g_red, g_cos_y, g_sum_u, *_):
     x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum = ctx.saved_tensors
     asked = ctx.needs_input_grad
     need = Need.X * asked[0] | Need.W * asked[1] | Need.SCALE * asked[3] | Need.BIAS * asked[5]
-    if asked[0] and not ctx.spec.want & Want.DX or asked[3] and not ctx.spec.want & Want.DSCALE:
+    if (asked[0] and not ctx.spec.want & Want.DX) or (asked[3] and not ctx.spec.want & Want.DSCALE):
         raise RuntimeError("the gradient of x needs Want.DX in the forward, that of scale Want.DSCALE")
     d_x, d_w, d_scale, d_bias = _sweep_backward(
         g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
