@@ -25,8 +25,8 @@ import fused_margin as fm
 LOSS_TOLERANCE = 1e-4  # relative; at the same point, and of the early curves
 GRADIENT_TOLERANCE = 1e-3  # relative, in the 2-norm
 FINAL_TOLERANCE = 0.02  # in parts of the first loss, of the loss averaged over the last tenth of the steps
-ACCURACY_TOLERANCE = 0.02
-TAR_TOLERANCE = 0.15
+ACCURACY_TOLERANCE = 0.01
+TAR_TOLERANCE = 0.08
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """Glyphs as a recognition data set: a class is a character, its samples are 12 faces under random distortion.
 
-The faces, DejaVu for text, are the ones inside matplotlib, so nothing is downloaded. Only characters that every face has
-are used, those without ink are dropped, and characters that no face tells apart (Latin A, Greek Alpha, Cyrillic A) become
-one class.
+The faces, DejaVu for text, are the ones inside matplotlib, so nothing is downloaded. Only characters that every face
+has are used, those without ink are dropped, and characters that no face tells apart (Latin A, Greek Alpha, Cyrillic A)
+become one class.
 """
 
 import math

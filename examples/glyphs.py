@@ -6,6 +6,7 @@ picture, and exits with 1 where the two heads disagree.
 """
 
 import argparse
+import math
 import os
 import sys
 import time
@@ -127,7 +128,7 @@ def train(glyphs: Glyphs, seen: Tensor, recipe: Recipe) -> Agreement:
     twin = make_run(recipe, len(seen), backend="reference")
     nudge(twin.head.weight)
     agreement = Agreement(plain, fused, twin, early=early_steps(recipe))
-    every = max(1, recipe.steps // PROBES)
+    every = math.ceil(recipe.steps / PROBES)
     bar = tqdm(batches(glyphs, seen, recipe), "training", recipe.steps, unit="step", disable=None)
     for step, (images, labels) in enumerate(bar):
         rate = recipe.rate(step)

@@ -67,7 +67,7 @@ def agreement_text(a: Agreement) -> str:
             f"  losses of the two trainings: {at};",
             f"  at most {curve[:first].max():.0e} in the first {first} steps, {curve.max():.0e} in all.",
             "  Rounding grows in any training: plain PyTorch against itself, with one weight changed in its last bit,",
-            f"  differs by at most {twin[:first].max():.0e} in the first {first} steps, {twin.max():.0e} in {len(twin)}.",
+            f"  differs by {twin[:first].max():.0e} in the first {first} steps, {twin.max():.0e} in {len(twin)}.",
         ]
     )
 
@@ -97,10 +97,10 @@ def table(r: Results) -> str:
     lines.insert(1, "-" * len(lines[0]))
     v = r.plain_verified
     notes = [
-        f"Verification: all {v.same_pairs:,} same and {v.different_pairs:,} different pairs of images of unseen classes.",
-        f"Head of {size.classes:,} classes: ArcFace, batch {size.batch}, dimension {size.embedding_size}, float32; forward",
-        f"and backward, median of {size.repeats} in turns, in which the fused one is {cost.speedup:.1f} times as fast.",
-        f"The memory includes the gradient of the weights, {megabytes(size.weight_bytes)}, which either has to return.",
+        f"Verification: all {v.same_pairs:,} same and {v.different_pairs:,} different pairs of unseen classes.",
+        f"Head: ArcFace, batch {size.batch}, dimension {size.embedding_size}, float32, forward and backward; median of",
+        f"{size.repeats} in turns, in which the fused one is {cost.speedup:.1f} times as fast. The memory includes the",
+        f"gradient of the weights, {megabytes(size.weight_bytes)}, which either head has to return.",
     ]
     return "\n".join([*lines, "", *notes])
 
@@ -188,7 +188,7 @@ def draw_bars(upper: Axes, lower: Axes, cost: HeadCost) -> None:
         return
     draw_bar_pair(lower, [m / 1e6 for m in memory], [megabytes(m) for m in memory])
     lower.axhline(size.weight_bytes / 1e6, color=INK, linewidth=1, linestyle="--")
-    lower.set_title("Memory beyond its inputs\n(dashed: the gradient of the weights)")
+    lower.set_title("Memory beyond its inputs\n(dashed: the weights' gradient)")
 
 
 def draw_bar_pair(axes: Axes, values: list[float], labels: list[str]) -> None:

@@ -61,19 +61,13 @@ MARGINS: dict[str, Case] = {
     "cosface": Case(lambda p: fm.CosFace(p["m"]), lambda c, p: oracle.cosface(c, p["m"]), {"m": 0.35}),
     **{f"arcface_{tail}": _arc(tail) for tail in ("raw", "linear", "continuous", "clamp", "easy")},
     **{f"sphereface_{m}": _psi(m) for m in (2, 3, 4)},
-    "sphereface_real": Case(
-        lambda p: fm.SphereFace(p["m"]), lambda c, p: oracle.sphereface(c, p["m"]), {"m": 1.7}
-    ),
+    "sphereface_real": Case(lambda p: fm.SphereFace(p["m"]), lambda c, p: oracle.sphereface(c, p["m"]), {"m": 1.7}),
     "combined_default": _combined(None, m1=1),
     **{f"combined_{tail}": _combined(tail) for tail in ("raw", "continuous", "clamp", "easy")},
-    "arcface_detached": _arc("linear")._replace(
-        make=lambda p: fm.ArcFace(p["m"], gradient="detached"), detached=True
-    ),
+    "arcface_detached": _arc("linear")._replace(make=lambda p: fm.ArcFace(p["m"], gradient="detached"), detached=True),
     "sphereface_detached": _psi(4)._replace(make=lambda p: fm.SphereFace(4, gradient="detached"), detached=True),
     "sv": _based(Case(lambda p: fm.NormFace(), lambda c, p: c), 1.2),
-    "sv_cosface": _based(
-        Case(lambda p: fm.CosFace(p["m"]), lambda c, p: oracle.cosface(c, p["m"]), {"m": 0.35}), 1.12
-    ),
+    "sv_cosface": _based(Case(lambda p: fm.CosFace(p["m"]), lambda c, p: oracle.cosface(c, p["m"]), {"m": 0.35}), 1.12),
     "sv_arcface": _based(_arc("linear"), 1.2),
     "sv_sphereface": _based(_psi(3), 1.3),
     "sv_detached": _based(_arc("linear"), 1.2)._replace(

@@ -16,7 +16,11 @@ X, W, Y = torch.zeros(4, 8), torch.ones(5, 8), torch.tensor([0, 1, 2, 3])
 
 BAD = {  # what is changed, the error, and what it must say: what was got, what is expected, what to do
     "rank of x": ({"embeddings": X[0]}, ValueError, ["embeddings have shape [8]", "expected two dimensions, [B, D]"]),
-    "rank of w": ({"weight": W[None]}, ValueError, ["weight", "have shape [1, 5, 8]", "expected two dimensions, [C, D]"]),
+    "rank of w": (
+        {"weight": W[None]},
+        ValueError,
+        ["weight", "have shape [1, 5, 8]", "expected two dimensions, [C, D]"],
+    ),
     "other D": ({"weight": W[:, :7]}, ValueError, ["[4, 8]", "[5, 7]", "expected [B, D] and [C, D]"]),
     "transposed": ({"weight": torch.ones(8, 5)}, ValueError, ["[8, 5]", "weight seems to be [D, C]: pass weight.T"]),
     "no class": ({"weight": W[:0]}, ValueError, ["shape [0, 8]", "at least one class"]),
@@ -25,7 +29,11 @@ BAD = {  # what is changed, the error, and what it must say: what was got, what 
     "complex x": ({"embeddings": X.cfloat()}, TypeError, ["embeddings are torch.complex64", "expected float32"]),
     "int w": ({"weight": W.int()}, TypeError, ["weight", "are torch.int32", "expected float32"]),
     "float64 x": ({"embeddings": X.double()}, TypeError, ["torch.float64", "torch.float32", "convert one of them"]),
-    "float labels": ({"labels": Y.float()}, TypeError, ["labels are torch.float32", "expected integers", "labels.long()"]),
+    "float labels": (
+        {"labels": Y.float()},
+        TypeError,
+        ["labels are torch.float32", "expected integers", "labels.long()"],
+    ),
     "bool labels": ({"labels": Y > 1}, TypeError, ["labels are torch.bool", "expected integers"]),
     "mixup": (
         {"labels": torch.rand(4, 5)},
@@ -42,9 +50,17 @@ BAD = {  # what is changed, the error, and what it must say: what was got, what 
     "scale 0": ({"scale": 0.0}, ValueError, ["scale = 0.0", "expected a positive finite number, as 64.0"]),
     "negative scale": ({"scale": -64}, ValueError, ["scale = -64", "expected a positive finite number"]),
     "nan scale": ({"scale": math.nan}, ValueError, ["scale = nan", "expected a positive finite number"]),
-    "scale of no kind": ({"scale": None}, TypeError, ["scale = None", "expected a positive number, a tensor, or 'norm'"]),
+    "scale of no kind": (
+        {"scale": None},
+        TypeError,
+        ["scale = None", "expected a positive number, a tensor, or 'norm'"],
+    ),
     "scale by name": ({"scale": "auto"}, ValueError, ["scale = 'auto'", "a tensor, or 'norm'"]),
-    "many scales": ({"scale": torch.ones(7)}, ValueError, ["scale: got a tensor of shape [7]", "[5] values", "[4] values"]),
+    "many scales": (
+        {"scale": torch.ones(7)},
+        ValueError,
+        ["scale: got a tensor of shape [7]", "[5] values", "[4] values"],
+    ),
     "many margins": ({"margin": fm.CosFace(torch.ones(7))}, ValueError, ["m: got a tensor of shape [7]", "[5] values"]),
     "reduction": ({"reduction": "avg"}, ValueError, ["reduction = 'avg'", "expected one of 'mean', 'sum', 'none'"]),
     "backend": (
@@ -175,6 +191,17 @@ def test_cosine_of_exactly_one(backend, name, mode, sign):
             torch.testing.assert_close(got[name].double(), exact[name], rtol=0, atol=tolerance * 64)
 
 
+@pytest.mark.parametrize("mode", [FP64, FP32], ids=["fp64", "fp32"])
+def test_one_dimension(backend, mode):
+    """D = 1: every cosine is 1 or -1, and nothing can turn, so that all gradients are 0."""
+    p = problem(MARGINS["cosface"], mode, 12, 30, 1)
+    got, exact = cases.run(p, backend), cases.exact(p)
+    tolerance = 1e-10 if mode is FP64 else 1e-4
+    torch.testing.assert_close(got["loss"].double(), exact["loss"], rtol=tolerance, atol=tolerance)
+    for name in ("d_x", "d_w"):
+        torch.testing.assert_close(got[name], torch.zeros_like(got[name]), rtol=0, atol=tolerance)
+
+
 # --- losses far from 1, and scaled gradients -----------------------------------------------------------------------------
 
 
@@ -267,9 +294,7 @@ def test_strides_of_inputs(backend, side, layout, mode):
     view = LAYOUTS[layout](p.tensors[side])
     leaves = p.leaves() | {side: view.detach().requires_grad_()}
     assert leaves[side].stride() == view.stride()
-    loss = margin_cross_entropy(
-        leaves["x"], leaves["w"], p.labels, fm.ArcFace(0.5), reduction="none", backend=backend
-    )
+    loss = margin_cross_entropy(leaves["x"], leaves["w"], p.labels, fm.ArcFace(0.5), reduction="none", backend=backend)
     got = cases.gradients(p, leaves, loss)
     p.tensors[side] = view.contiguous()
     expected = cases.exact(p) if mode == "fp64" else cases.run(p, backend)  # which test_parity.py holds to the oracle

@@ -177,7 +177,10 @@ def test_autocast_is_compute_dtype(backend, dtype):
     rule.check()
     for name, t in cases.run(p, backend).items():
         torch.testing.assert_close(got[name], t, rtol=0, atol=0)
-    differs = cases.run(p, backend)["loss"] != cases.run(problem(MARGINS["arcface_linear"], FP32, 128, 300, 64), backend)["loss"]
+    differs = (
+        cases.run(p, backend)["loss"]
+        != cases.run(problem(MARGINS["arcface_linear"], FP32, 128, 300, 64), backend)["loss"]
+    )
     assert bool(differs.any()) or (backend == "cpu" and dtype == torch.float16)  # which computes those in float32
 
 
@@ -339,7 +342,8 @@ COMPILED = {
     "own": lambda x, w, y, m, **k: margin_cross_entropy(x, w, y, lambda c: torch.cos(fm.safe_angle(c) + 0.3), **k),
     "bias": lambda x, w, y, m, **k: margin_cross_entropy(x, w, y, fm.CosFace(0.1), bias=m, reduction="none", **k).sum(),
     "stats": lambda x, w, y, m, **k: sum(
-        t.sum() for t in (lambda r: (r[0], r[1].lse))(margin_cross_entropy(x, w, y, fm.ArcFace(), return_stats=True, **k))
+        t.sum()
+        for t in (lambda r: (r[0], r[1].lse))(margin_cross_entropy(x, w, y, fm.ArcFace(), return_stats=True, **k))
     ),
 }
 

@@ -104,7 +104,9 @@ def test_arcface_slope_in_closed_form(gradient):
 # --- tails -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("make", [fm.ArcFace, lambda m, tail: fm.CombinedMargin(1.0, m, 0.0, tail)], ids=["arc", "comb"])
+@pytest.mark.parametrize(
+    "make", [fm.ArcFace, lambda m, tail: fm.CombinedMargin(1.0, m, 0.0, tail)], ids=["arc", "comb"]
+)
 @pytest.mark.parametrize("m", [0.3, 0.5, 1.2])
 def test_tails_by_hand(make, m):
     """Just before and after theta + m = pi, and for `easy` around c = 0."""
@@ -275,7 +277,11 @@ BAD = {  # what is given, and what the message must name
     "string": (lambda: fm.CosFace("0.3"), TypeError, "m: got '0.3'; expected a number"),
     "bool": (lambda: fm.CosFace(True), TypeError, "m: got True"),
     "tail": (lambda: fm.ArcFace(0.5, "hard"), ValueError, "tail = 'hard'; expected one of 'raw', 'linear'"),
-    "gradient": (lambda: fm.NormFace(gradient="no"), ValueError, "gradient = 'no'; expected one of 'exact', 'detached'"),
+    "gradient": (
+        lambda: fm.NormFace(gradient="no"),
+        ValueError,
+        "gradient = 'no'; expected one of 'exact', 'detached'",
+    ),
     "linear with m1": (lambda: fm.CombinedMargin(1.2, 0.3, 0.2, "linear"), ValueError, "defined for m1 = 1"),
     "t below 1": (lambda: fm.SVSoftmax(0.9), ValueError, "t = 0.9"),
     "t of many": (lambda: fm.SVSoftmax(torch.tensor([1.1, 1.2])), TypeError, "t is one number"),

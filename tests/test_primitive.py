@@ -24,6 +24,7 @@ ARGS = {  # of each rule, chosen so that a good part of the cosines falls on eit
     "gauss": (1.2, 2.0),
     "circle": (0.25,),
 }
+SMOOTH_RULES = ("identity", "gauss", "circle", "clip")  # no jump, which float32 and the oracle may see on other sides
 ALL = int(Want.DX | Want.SUM | Want.STATS | Want.DSCALE)
 
 
@@ -65,7 +66,9 @@ class Inputs:
         """Of the upstream-weighted outputs that `parts` names (red, cos_y, sum_u)."""
         total = sum((self.upstream[k].to(outputs[k].dtype) * outputs[k]).sum() for k in parts)
         grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True, retain_graph=True)
-        return {f"d_{n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), grads, strict=True)}
+        return {
+            f"d_{n}": torch.zeros_like(t) if g is None else g for (n, t), g in zip(leaves.items(), grads, strict=True)
+        }
 
 
 def outputs(red, cos_y, sum_u, aux, masks=True):
@@ -108,7 +111,7 @@ def test_rules_with_unit_slope(backend, rule):
 
 
 @pytest.mark.parametrize("reduction", ["logsumexp", "softplus"])
-@pytest.mark.parametrize("rule", ["identity", "gauss", "circle", "clip"])  # those without a jump
+@pytest.mark.parametrize("rule", SMOOTH_RULES)
 def test_rules_in_float32(backend, rule, reduction):
     check(Inputs(100, 300, 64, rule, dtype=torch.float32), backend, reduction=reduction)
 
@@ -118,32 +121,47 @@ def test_every_rule_has_its_arguments_here():
     assert {n: len(a) for n, a in ARGS.items()} == {n: len(d.args) for n, d in RULES.items()}
 
 
-@pytest.mark.parametrize("parts", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=["red", "cos_y", "sum_u", "red+sum", "cos+sum"])
+@pytest.mark.parametrize(
+    "parts", [(0,), (1,), (2,), (0, 2), (1, 2)], ids=["red", "cos_y", "sum_u", "red+sum", "cos+sum"]
+)
 def test_each_output_has_its_own_gradient(backend, parts):
     check(Inputs(rule="hard"), backend, parts=parts)
 
 
-@pytest.mark.parametrize("want", [Want.DX, Want.SUM | Want.DX, Want.DX | Want.DSCALE, Want.STATS])
+@pytest.mark.parametrize("want", [Want.NONE, Want.DX, Want.SUM, Want.DX | Want.SUM, Want.DSCALE, Want.STATS])
 def test_outputs_on_request(backend, want):
-    """What is not wanted costs nothing and disturbs nothing; red and cos_y are always there."""
+    """What is not wanted disturbs nothing: red, cos_y and the gradients that can be had are right."""
     inputs = Inputs(rule="hard")
+    inputs.leaves["x"].requires_grad_(bool(want & Want.DX))
+    inputs.leaves["scale"].requires_grad_(bool(want & Want.DSCALE))
     got = inputs.run(backend, want=int(want))
     exact, exact_leaves = inputs.exact()
-    torch.testing.assert_close(got[0], exact.red, rtol=1e-12, atol=0)
-    torch.testing.assert_close(got[1], exact.cos_y, rtol=0, atol=1e-14)
-    if want & Want.SUM:
-        torch.testing.assert_close(got[2], exact.sum_u, rtol=1e-11, atol=1e-11)
-    if want & Want.STATS:
-        torch.testing.assert_close(Aux(*got[3]).masked_count, exact.masked_count)
-    if want & Want.DX:
-        parts = (0, 1, 2) if want & Want.SUM else (0, 1)
-        ours, theirs = (inputs.gradients(o, leaves, parts) for o, leaves in ((got, inputs.leaves), (exact, exact_leaves)))
-        names = {"d_x", "d_w", "d_bias"} | ({"d_scale"} if want & Want.DSCALE else set())
-        for name in names:
-            torch.testing.assert_close(ours[name], theirs[name], rtol=1e-9, atol=1e-11)
+    found, expected = outputs(*got), expected_outputs(exact)
+    wanted = ["red", "cos_y"] + ["sum_u"] * bool(want & Want.SUM)
+    wanted += ["best", "count", "masked"] if want & Want.STATS else []
+    parts = (0, 1, 2) if want & Want.SUM else (0, 1)
+    able = {n: t for n, t in inputs.leaves.items() if t.requires_grad}
+    found |= inputs.gradients(got, able, parts)
+    expected |= inputs.gradients(exact[:3], exact_leaves, parts)
+    for name in (*wanted, *(f"d_{n}" for n in able)):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
-@pytest.mark.parametrize("normalize", list(itertools.product((True, False), repeat=2)), ids=["both", "x", "w", "neither"])
+@pytest.mark.parametrize("leaf", ["x", "scale"])
+def test_a_gradient_that_was_not_wanted_is_an_error(backend, leaf):
+    inputs = Inputs()
+    for name, t in inputs.leaves.items():
+        t.requires_grad_(name == leaf)
+    red = inputs.run(backend, want=0)[0]
+    with pytest.raises(
+        RuntimeError, match=r"the gradient of x needs Want\.DX in the forward, that of scale Want\.DSCALE"
+    ):
+        red.sum().backward()
+
+
+@pytest.mark.parametrize(
+    "normalize", list(itertools.product((True, False), repeat=2)), ids=["both", "x", "w", "neither"]
+)
 def test_normalize_either_side(backend, normalize):
     inputs = Inputs(dim=6)
     inputs.leaves["w"].data *= 0.3  # products, not cosines
@@ -214,6 +232,23 @@ def test_row_without_rival(backend):
         torch.testing.assert_close(g, torch.zeros_like(g), msg=name)
 
 
+@pytest.mark.parametrize("ahead", [0, 1], ids=["tau at the best rival", "tau just below it"])
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_masks_are_decided_alike_in_both_directions(backend, compute, ahead):
+    """tau is a rival's cosine to the last bit: `c > tau` is strict, and the backward sees the same cosine.
+
+    Otherwise the probabilities of the backward, which the bias' gradient adds up, would not add up to 1.
+    """
+    inputs = Inputs(200, 1500, 64, "hard", dtype=torch.float32)
+    inputs.leaves["bias"].data.zero_()
+    best = Aux(*inputs.run(backend, compute_dtype=compute)[3]).best
+    inputs.tau = torch.nextafter(best, best - 1) if ahead else best
+    red, _, _, aux = inputs.run(backend, compute_dtype=compute)
+    torch.testing.assert_close(Aux(*aux).masked_count, torch.full((200,), float(ahead)))
+    (d_bias,) = torch.autograd.grad(red.sum(), inputs.leaves["bias"])
+    assert float(d_bias.double().sum()) == pytest.approx(200, rel=1e-5)
+
+
 # --- torch's own checks -------------------------------------------------------------------------------------------------
 
 
@@ -229,8 +264,8 @@ def _sweep_args(backend, rule, **changes):
     ("rule", "changes"),
     [
         ("identity", {}),
-        ("hard", {"want": int(Want.DX)}),
-        ("circle", {"want": 0, "reduction": "softplus"}),
+        ("hard", {"want": int(Want.DX | Want.DSCALE)}),
+        ("circle", {"reduction": "softplus"}),
     ],
     ids=["identity", "hard", "softplus"],
 )
@@ -239,7 +274,9 @@ def test_opcheck_sweep(backend, rule, changes):
 
 
 def test_opcheck_target_cosine(backend):
-    x, w, labels, _, _, _, index, _, *spec = (a.detach() if isinstance(a, torch.Tensor) else a for a in _sweep_args(backend, "hard"))
+    x, w, labels, _, _, _, index, _, *spec = (
+        a.detach() if isinstance(a, torch.Tensor) else a for a in _sweep_args(backend, "hard")
+    )
     torch.library.opcheck(torch.ops.fused_margin.target_cosine.default, (x, w, labels, index, *spec))
 
 

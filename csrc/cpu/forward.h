@@ -199,8 +199,8 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
   if (p.bf16) products.release(true);
   for (int64_t i = first; i < last; i++) {
     const int64_t r = i - first;
-    const T state[kRowState] = {s.K[r],         T(s.sum[r]),    s.best[r],     T(s.count[r]),
-                                T(s.masked[r]), T(s.mean_v[r]), T(s.sum_v[r]), T(0)};
+    const T state[kRowState] = {s.K[r],         T(s.sum[r]),    s.best[r],    T(s.count[r]),
+                                T(s.masked[r]), T(s.mean_v[r]), T(s.sum_v[r])};
     for (int64_t k = 0; k < kRowState; k++) out.state[k * p.padded + i] = state[k];
   }
 }

@@ -6,6 +6,7 @@
 // zero beyond `batch`, so that a vector of rows may always be loaded.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -90,13 +91,13 @@ inline Partition partition(int64_t padded, int64_t classes, int64_t sub_centers)
   p.tile_classes = kTileRows / sub_centers > 1 ? kTileRows / sub_centers : 1;
   p.tiles = div_up(classes, p.tile_classes);
   p.groups = div_up(padded, kRowGroup);
-  const int64_t most = p.groups < kForwardTasks ? kForwardTasks / p.groups : 1, fit = div_up(p.tiles, kTilesPerTask);
-  p.splits = fit < most ? (fit > 1 ? fit : 1) : most;
+  const int64_t most = kForwardTasks / std::max<int64_t>(p.groups, 1);
+  p.splits = std::max<int64_t>(1, std::min(most, div_up(p.tiles, kTilesPerTask)));
   return p;
 }
 
-// Partial sums of one row in one split: K (the power of two taken out), sum, best, count, masked sum, mean v, sum v, u.
-constexpr int64_t kRowState = 8;
+// Partial sums of one row in one split: K (the power of two taken out), sum, best, count, masked sum, mean v, sum v.
+constexpr int64_t kRowState = 7;
 constexpr int64_t kAuxRows = 6;
 
 // Elements of ForwardOut::partial: for each split and row, its state and its share of o_red and o_sum.

@@ -1,0 +1,156 @@
+"""Sizes around the kernel's tiles, blocks and vectors, on every instruction set that this CPU has.
+
+csrc/cpu/problem.h cuts classes by 128 (a tile), 512 (a task) and 16,384 (all tasks), rows by 16, 128 and 256; vectors
+hold 2 to 16 numbers and the tile unit takes 32 at once. One number beyond each of these and one before must be right.
+"""
+
+import contextlib
+
+import pytest
+import torch
+
+import fused_margin as fm
+from fused_margin.spec import Want
+
+from . import cases
+from .cases import MARGINS, MODES, problem
+from .conftest import require
+from .error_rule import ErrorRule
+from .test_primitive import ARGS, SMOOTH_RULES, Inputs, check
+
+PATHS = ("portable", "avx2", "avx512")
+
+
+def around(*sizes: int) -> list[int]:
+    return sorted({n for size in sizes for n in (size - 1, size, size + 1)})
+
+
+@pytest.fixture(params=PATHS)
+def path(request):
+    """Forces an instruction set of the CPU backend, if there are this backend and this CPU."""
+    require("cpu")
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(fm.backends.cpu.capability(request.param))
+        except ValueError as error:
+            pytest.skip(str(error))
+        yield request.param
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    torch.set_num_threads(1)
+
+
+def check_shape(batch: int, classes: int, dim: int, mode: str, margin: str = "arcface_linear", draws: int = 3) -> None:
+    rule = ErrorRule()
+    for first, last in ((0, draws), (draws, 8 * draws)):
+        for seed in range(first, last):
+            p = problem(MARGINS[margin], MODES[mode], batch, classes, dim, seed, "class", bias=True)
+            p.labels[-2:] = torch.tensor([0, classes - 1])[-min(batch, 2) :]
+            rule.add_all(cases.run(p, "cpu"), cases.plain(p), cases.exact(p))
+        if not rule.failures():
+            return  # else plain PyTorch may have been lucky
+    rule.check()
+
+
+@pytest.mark.parametrize("mode", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("classes", around(16, 32, 64, 128, 256, 512, 1024))
+def test_classes(path, mode, classes):
+    check_shape(19, classes, 24, mode)
+
+
+@pytest.mark.parametrize("mode", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("batch", around(16, 32, 128, 256, 512))
+def test_rows(path, mode, batch):
+    check_shape(batch, 150, 24, mode, draws=1)
+
+
+@pytest.mark.parametrize("mode", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("dim", [2, 3, *around(8, 16, 32, 64, 128)])
+def test_dims(path, mode, dim):
+    check_shape(18, 140, dim, mode)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "bf16"])
+@pytest.mark.parametrize("classes", [16_383, 16_385, 33_000])
+def test_as_many_tiles_as_tasks(mode, classes):
+    require("cpu")
+    check_shape(34, classes, 20, mode, draws=1)
+
+
+def test_more_rows_than_a_task_takes():
+    require("cpu")
+    check_shape(600, 5000, 9, "fp32", draws=1)
+
+
+@pytest.mark.parametrize("mode", [m for m in MODES if m != "fp64"])
+@pytest.mark.parametrize("margin", ["sphereface_4", "sv_arcface"])
+def test_dtypes(path, margin, mode):
+    check_shape(64, 333, 50, mode, margin)
+
+
+RULES_BY_DTYPE = [(torch.float64, rule) for rule in ARGS] + [(torch.float32, rule) for rule in SMOOTH_RULES]
+
+
+@pytest.mark.parametrize("reduction", ["logsumexp", "softplus"])
+@pytest.mark.parametrize(("dtype", "rule"), RULES_BY_DTYPE)
+def test_rules(path, dtype, rule, reduction):
+    check(Inputs(37, 300, 40, rule, dtype=dtype), "cpu", reduction=reduction)
+
+
+@pytest.mark.parametrize("centers", [2, 3, 7, 130])
+def test_sub_centers_across_tiles(path, centers):
+    """A class never lies in two tiles, also where 128 is no multiple of its centres or is less than they are."""
+    inputs = Inputs(21, 61 * centers, 10, bias=False)
+    inputs.labels %= 61
+    check(inputs, "cpu", {"sub_centers": centers}, sub_centers=centers)
+
+
+@pytest.mark.parametrize("path_by_environment", PATHS)
+def test_environment_chooses_the_path(path_by_environment, monkeypatch):
+    require("cpu")
+    monkeypatch.setenv("FUSED_MARGIN_CPU_CAPABILITY", path_by_environment)
+    cpu = fm.backends.cpu
+    try:
+        with cpu.capability(path_by_environment):
+            forced = cpu.path()
+    except ValueError as error:
+        pytest.skip(str(error))
+    assert path_by_environment in forced.lower().replace("-", "")
+
+
+def test_unknown_path():
+    require("cpu")
+    with (
+        pytest.raises(ValueError, match="capability 'sse9' is unknown.*expected one of"),
+        fm.backends.cpu.capability("sse9"),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("shape", [(40, 700, 33), (300, 129, 16)], ids=["B40", "B300"])
+def test_paths_agree_closely(shape):
+    """In float64 the instruction sets differ by rounding alone."""
+    require("cpu")
+    p = problem(MARGINS["arcface_linear"], MODES["fp64"], *shape)
+    results = []
+    for name in PATHS:
+        with contextlib.suppress(ValueError), fm.backends.cpu.capability(name):
+            results.append(cases.run(p, "cpu"))
+    for other in results[1:]:
+        for key, expected in results[0].items():
+            torch.testing.assert_close(other[key], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_want_is_respected_by_the_backend():
+    """Outputs that are not asked for are empty, and the flash outputs are there exactly for d_x."""
+    require("cpu")
+    inputs = Inputs(5, 9, 6)
+    leaves = {n: t.detach() for n, t in inputs.leaves.items()}
+    for want, shapes in ((0, [(0,), (0,)]), (Want.DX, [(5, 6), (0,)]), (Want.DX | Want.SUM, [(5, 6), (5, 6)])):
+        out = torch.ops.fused_margin.sweep.default(
+            leaves["x"], leaves["w"], inputs.labels, leaves["scale"], None, leaves["bias"], None,
+            torch.zeros(0, dtype=torch.float64), *inputs.spec("cpu", want=int(want)),
+        )  # fmt: skip
+        assert [tuple(t.shape) for t in out[4:]] == shapes
