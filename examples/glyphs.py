@@ -14,6 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "passive"
+)  # threads that spin make everything ten times slower on a busy machine
+
 try:
     import torch
     from agreement import Agreement, complaints, early_steps, nudge

@@ -4,6 +4,7 @@ Memory is measured in a fresh process for each head, which is this file run as a
 """
 
 import contextlib
+import os
 import statistics
 import subprocess
 import sys
@@ -120,7 +121,8 @@ def memory_in_child(name: str, size: Size) -> int | None:
     """Peak bytes of one step beyond inputs and weights, in a process of its own; None where no one counts them."""
     numbers = (size.classes, size.batch, size.embedding_size, torch.get_num_threads())
     command = [sys.executable, __file__, name, *map(str, numbers)]
-    child = subprocess.run(command, capture_output=True, text=True)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run(command, capture_output=True, text=True, env=environment)
     if child.returncode:
         raise RuntimeError(f"measuring the memory of the {name} head failed:\n{child.stderr}")
     return None if child.stdout.strip() == "unknown" else int(child.stdout)

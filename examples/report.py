@@ -114,7 +114,7 @@ def draw(r: Results, path: Path) -> None:
         top, bottom = figure.subfigures(2, 1, height_ratios=[1, 2.9])
         left, middle, right = bottom.subfigures(1, 3, width_ratios=[1.45, 1.15, 0.8])
         draw_glyphs(top.subplots(), r)
-        draw_curves(*left.subplots(2, 1, sharex=True, height_ratios=[1.2, 1]), r.agreement)
+        draw_curves(*left.subplots(2, 1, height_ratios=[1.1, 1]), r)
         draw_roc(middle.subplots(), r)
         draw_bars(*right.subplots(2, 1), r.cost)
         figure.savefig(path, format="png")
@@ -143,12 +143,14 @@ def draw_glyphs(axes: Axes, r: Results, rows: int = 3, columns: int = 2) -> None
     )
 
 
-def draw_curves(upper: Axes, lower: Axes, a: Agreement) -> None:
-    """The losses, and below them their differences."""
+def draw_curves(upper: Axes, lower: Axes, r: Results) -> None:
+    """The losses, and below them their differences, where the first steps have more room."""
+    a = r.agreement
     steps = np.arange(1, len(a.plain.losses) + 1)
     upper.plot(steps, a.plain.losses, color=BLUE, linewidth=3, alpha=0.45, label="plain PyTorch")
     upper.plot(steps, a.fused.losses, color=ORANGE, linewidth=0.9, label="fused")
-    upper.set(title="Training loss", ylim=(0, None), xlim=(1, len(steps) + 1))
+    title = f"Training loss: {type(r.recipe.margin).__name__}, {len(a.plain.head.weight):,} classes"
+    upper.set(title=title, ylim=(0, None), xlim=(0, len(steps) + 1))
     upper.legend(loc="upper right")
 
     twin = np.maximum(a.twin_curve, FLOOR)
@@ -157,7 +159,8 @@ def draw_curves(upper: Axes, lower: Axes, a: Agreement) -> None:
     )
     lower.plot(steps, np.maximum(a.curve, FLOOR), color=ORANGE, linewidth=0.8, label="fused against plain")
     lower.plot([1, a.early + 1], [LOSS_TOLERANCE] * 2, color=INK, linewidth=3, label="allowed, before rounding grows")
-    lower.set(title="Relative difference of the losses", yscale="log", ylim=(FLOOR / 2, 2), xlabel="step")
+    lower.set(title="Relative difference of the losses", xscale="log", yscale="log", xlabel="step")
+    lower.set(xlim=(0.95, len(steps) * 1.05), ylim=(FLOOR / 2, 2))
     lower.legend(loc="lower right")
 
 
@@ -166,7 +169,7 @@ def draw_roc(axes: Axes, r: Results) -> None:
     looks = (("plain PyTorch", r.plain_verified, BLUE, 4, 0.45), ("fused", r.fused_verified, ORANGE, 1.3, 1))
     for name, v, colour, width, alpha in looks:
         at = ", ".join(f"{v.tar_at[far]:.1%} at FAR {far:g}" for far in FARS)
-        axes.plot(v.far, v.tar, color=colour, linewidth=width, alpha=alpha, label=f"{name}: {at}")
+        axes.plot(v.far, v.tar, color=colour, linewidth=width, alpha=alpha, label=f"{name}: TAR {at}")
         axes.plot(FARS, [v.tar_at[far] for far in FARS], "o", color=colour, markersize=2 * width + 2, alpha=alpha)
     axes.set(
         title="Verification of unseen characters", xscale="log", xlabel="false accept rate", ylabel="true accept rate"

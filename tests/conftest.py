@@ -21,9 +21,10 @@ def backend(request):
     return require(request.param)
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def threads():
-    """Restores the thread count after a test that changes it."""
+    """Tests run on one thread, quicker on small tensors, and may choose otherwise; the value is the count before."""
     before = torch.get_num_threads()
-    yield
+    torch.set_num_threads(1)
+    yield before
     torch.set_num_threads(before)

@@ -1,4 +1,4 @@
-"""The oracle: every head as a dense [B, C] function in float64, typed from the papers. It imports nothing of fused_margin.
+"""The oracle: every head as a dense [B, C] function in float64, typed from the papers; nothing of fused_margin is used.
 
     z_i = s_i T(c_iy)    u_ij = s_i N(c_ij) + b_j, j != y_i    loss_i = log(1 + sum_j exp(u_ij - z_i))
 
@@ -15,9 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SIGNIFICANT_BITS = {torch.bfloat16: 8, torch.float16: 11}
-
-
-# --- targets: T(c), c the target cosines [B]; a parameter is a number or a tensor [B] ---------------------------------
 
 
 def normface(c: Tensor) -> Tensor:
@@ -77,9 +74,6 @@ def straight_through(t: Tensor, c: Tensor) -> Tensor:
     return t.detach() + c - c.detach()
 
 
-# --- rivals: N(c), c all cosines [B, C], tau [B, 1], args as the rule lists them -------------------------------------
-
-
 def _hard(c: Tensor, tau: Tensor, a: float, b: float) -> Tensor:
     return torch.where(c > tau, a * c + b, c)  # SV-Softmax (1812.11317) eqs. 5-7: a = t, b = t - 1
 
@@ -114,9 +108,6 @@ RIVALS: dict[str, Callable[..., Tensor]] = {
     "gauss": _gauss,
     "circle": _circle,
 }
-
-
-# --- the dense head --------------------------------------------------------------------------------------------------
 
 
 class _RoundedProduct(torch.autograd.Function):

@@ -37,11 +37,6 @@ def path(request):
         yield request.param
 
 
-@pytest.fixture(autouse=True)
-def one_thread(threads):
-    torch.set_num_threads(1)
-
-
 def check_shape(batch: int, classes: int, dim: int, mode: str, margin: str = "arcface_linear", draws: int = 3) -> None:
     rule = ErrorRule()
     for first, last in ((0, draws), (draws, 8 * draws)):
@@ -123,7 +118,7 @@ def test_environment_chooses_the_path(path_by_environment, monkeypatch):
 def test_unknown_path():
     require("cpu")
     with (
-        pytest.raises(ValueError, match="capability 'sse9' is unknown.*expected one of"),
+        pytest.raises(ValueError, match=r"capability 'sse9' is unknown.*expected one of"),
         fm.backends.cpu.capability("sse9"),
     ):
         pass

@@ -13,7 +13,7 @@ SHAPES = [(3, 10_007, 100), (300, 1500, 65), (128, 5000, 64), (600, 129, 33)]
 @pytest.mark.parametrize("shape", SHAPES, ids=["B{}-C{}-D{}".format(*s) for s in SHAPES])
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp64", "fp16_weight"])
 @pytest.mark.parametrize("margin", ["arcface_linear", "sv_cosface"])
-def test_same_bits_at_any_thread_count(threads, margin, mode, shape):
+def test_same_bits_at_any_thread_count(margin, mode, shape):
     """Of losses and all gradients; the reference backend leaves this to torch, which does not promise it."""
     require("cpu")
     p = problem(MARGINS[margin], MODES[mode], *shape, per="class", bias=True)

@@ -113,9 +113,6 @@ def test_label_out_of_range(backend, row, value, margin):
     assert message in str(caught.value)
 
 
-# --- rows that are not there --------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("rows", [0, 4], ids=["empty batch", "all ignored"])
 @pytest.mark.parametrize(("reduction", "expected"), [("mean", 0.0), ("sum", 0.0), ("none", None)])
 @pytest.mark.parametrize("margin", ["arcface_linear", "sv"])
@@ -132,9 +129,6 @@ def test_no_row_counts(backend, margin, reduction, expected, rows):
     loss.sum().backward()
     torch.testing.assert_close(x.grad, torch.zeros_like(x))
     torch.testing.assert_close(w.grad, torch.zeros_like(w))
-
-
-# --- norms --------------------------------------------------------------------------------------------------------------
 
 
 def _by_rows(found, exact):
@@ -164,9 +158,6 @@ def test_norms(backend, mode, norms, side):
     rule.add("loss", got["loss"], plain and plain["loss"], exact["loss"])
     rule.add_all(_by_rows(got, exact), plain and _by_rows(plain, exact), _by_rows(exact, exact))
     rule.check()
-
-
-# --- cosines at the ends ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -200,9 +191,6 @@ def test_one_dimension(backend, mode):
     torch.testing.assert_close(got["loss"].double(), exact["loss"], rtol=tolerance, atol=tolerance)
     for name in ("d_x", "d_w"):
         torch.testing.assert_close(got[name], torch.zeros_like(got[name]), rtol=0, atol=tolerance)
-
-
-# --- losses far from 1, and scaled gradients -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["fp64", "fp32"])
@@ -240,9 +228,6 @@ def test_scaled_gradients(backend, mode, factor):
     rule.check()
 
 
-# --- inf and nan ---------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("mode", ["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("margin", ["arcface_linear", "sphereface_4", "sv"])
@@ -273,8 +258,6 @@ def test_bias_of_minus_infinity(backend, mode, open_classes):
     rule.check()
     assert not cases.run(p, backend)["d_w"][open_classes:].any()
 
-
-# --- strides -------------------------------------------------------------------------------------------------------------
 
 LAYOUTS = {  # a view of the same values, of a [n, d] tensor
     "transposed": lambda t: t.T.contiguous().T,

@@ -48,8 +48,6 @@ def test_slope_by_the_margin(name):
         torch.testing.assert_close(got[0], -torch.ones_like(COSINES))
 
 
-# --- T in closed form, as the papers' own code writes it ---------------------------------------------------------------
-
 PSI = {  # wy1iu/sphereface, margin_inner_product_layer: no acos
     2: lambda c: 2 * c.sign() * c**2 - 1,
     3: lambda c: (c.abs() - 0.5).sign() * (4 * c**3 - 3 * c) + c.sign() * (1 + (c.abs() - 0.5).sign()) - 2,
@@ -99,9 +97,6 @@ def test_arcface_slope_in_closed_form(gradient):
     _, slope = value_and_slope(fm.ArcFace(0.5, "raw", gradient=gradient).transform, COSINES)
     exact = math.cos(0.5) + math.sin(0.5) * COSINES / (1 - COSINES**2).sqrt()
     torch.testing.assert_close(slope, exact if gradient == "exact" else torch.ones_like(exact))
-
-
-# --- tails -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -166,9 +161,6 @@ def test_continuous_tail_is_continuous():
     )  # the linear tail jumps from -1 to -1.117
 
 
-# --- the ends of the range ----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_safe_angle_and_sine(dtype):
     c = torch.tensor([-1.0, -0.9999999, -0.5, 0.0, 0.3, 0.9999999, 1.0], dtype=dtype)
@@ -201,9 +193,6 @@ def test_zero_margins_are_normface():
         torch.testing.assert_close(slope, torch.ones_like(COSINES), rtol=0, atol=1e-10)
 
 
-# --- SV-Softmax ---------------------------------------------------------------------------------------------------------
-
-
 def test_sv_threshold_and_rule():
     base = fm.ArcFace(0.5)
     sv = fm.SVSoftmax(1.2, base)
@@ -218,9 +207,6 @@ def test_sv_takes_its_gradient_from_the_base():
     assert fm.SVSoftmax(1.2, fm.ArcFace(0.5, gradient="detached")).gradient == "detached"
     assert fm.SVSoftmax(1.2, fm.ArcFace(0.5, gradient="detached"), gradient="exact").gradient == "exact"
     assert fm.SVSoftmax(1.2).gradient == "exact"
-
-
-# --- parameters per class, per sample, as tensors ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wrap", [lambda t: t, fm.PerClass], ids=["bare", "wrapped"])

@@ -249,9 +249,6 @@ def test_masks_are_decided_alike_in_both_directions(backend, compute, ahead):
     assert float(d_bias.double().sum()) == pytest.approx(200, rel=1e-5)
 
 
-# --- torch's own checks -------------------------------------------------------------------------------------------------
-
-
 def _sweep_args(backend, rule, **changes):
     inputs = Inputs(batch=5, classes=9, dim=6, rule=rule, bias=rule != "hard")
     args = Rule(rule, ARGS[rule]).tensor(inputs.leaves["x"])
