@@ -2,8 +2,8 @@
 
 Same point: both heads get one head's weights and the same embeddings, now and then along the whole training. They may
 differ by rounding only, at any step.
-Loss curves, early: two trainings from the same seed stay together as long as the learning rate is small.
-Loss curves and verification, late: training in float32 is chaotic, and a single rounding grows until two trainings
+Losses, early: two trainings from the same seed stay together as long as the learning rate is small.
+Losses and verification, late: training in float32 is chaotic, and a single rounding grows until two trainings
 differ as much as two random ones. So a twin is trained for a while: plain PyTorch again, with one weight changed by the
 smallest step a float32 can make. Late differences are that large with no error at all, and only gross ones count.
 
@@ -100,8 +100,8 @@ def complaints(
     # A hard mask is a step: where a cosine is within rounding of it, one row may differ, once in a while.
     worst = np.median if isinstance(margin, fm.SVSoftmax) else np.max
     checks = [
-        ("losses at the same point", worst(agreement.point_loss), LOSS_TOLERANCE),
-        ("gradients at the same point", worst(agreement.point_gradient), GRADIENT_TOLERANCE),
+        ("losses given the same weights and embeddings", worst(agreement.point_loss), LOSS_TOLERANCE),
+        ("gradients given the same weights and embeddings", worst(agreement.point_gradient), GRADIENT_TOLERANCE),
         (f"losses of the first {agreement.early} steps", worst(agreement.curve[: agreement.early]), LOSS_TOLERANCE),
         ("losses at the end of training", agreement.final, FINAL_TOLERANCE),
         ("verification accuracies", abs(fused.accuracy - plain.accuracy), ACCURACY_TOLERANCE),
@@ -110,7 +110,7 @@ def complaints(
         (f"gradients at {cost.size.classes:,} classes", cost.gradient_difference, GRADIENT_TOLERANCE),
     ]
     return [
-        f"the {what} of the two heads differ by {difference:.1e}; at most {allowed:g} is expected"
+        f"{what} differ by {difference:.1e}; at most {allowed:g} is expected"
         for what, difference, allowed in checks
         if not difference <= allowed
     ]

@@ -14,9 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault(
-    "OMP_WAIT_POLICY", "passive"
-)  # threads that spin make everything ten times slower on a busy machine
+# Before torch loads OpenMP, whose waiting threads spin: on a busy machine that makes training ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 try:
     import torch
@@ -36,14 +35,15 @@ except ModuleNotFoundError as missing:
         "or, in the folder of the repository: pip install -e '.[demo]'"
     ) from None
 
-MARGINS: dict[str, Callable[..., fm.Margin]] = {
-    "normface": fm.NormFace,
-    "cosface": fm.CosFace,
-    "arcface": fm.ArcFace,
-    "sphereface": fm.SphereFace,
-    "combined": fm.CombinedMargin,
-    "svsoftmax": fm.SVSoftmax,
-    "sv-arcface": lambda t=1.2, m=0.5: fm.SVSoftmax(t, base=fm.ArcFace(m)),
+# name: what makes the margin, and the names of the numbers that it takes
+MARGINS: dict[str, tuple[Callable[..., fm.Margin], tuple[str, ...]]] = {
+    "normface": (fm.NormFace, ()),
+    "cosface": (fm.CosFace, ("m",)),
+    "arcface": (fm.ArcFace, ("m",)),
+    "sphereface": (fm.SphereFace, ("m",)),
+    "combined": (fm.CombinedMargin, ("m1", "m2", "m3")),
+    "svsoftmax": (fm.SVSoftmax, ("t",)),
+    "sv-arcface": (lambda t=1.2, m=0.5: fm.SVSoftmax(t, base=fm.ArcFace(m)), ("t", "m")),
 }
 PROBES = 25  # how often both heads are given the same point
 
@@ -63,9 +63,17 @@ def margin_from(text: str) -> fm.Margin:
     name, _, numbers = text.partition(":")
     if name not in MARGINS:
         raise argparse.ArgumentTypeError(f"there is no margin {name!r}; choose from {', '.join(MARGINS)}")
+    make, names = MARGINS[name]
     try:
-        return MARGINS[name](*(float(n) for n in numbers.split(",") if n))
-    except (TypeError, ValueError) as wrong:
+        values = [float(number) for number in numbers.split(",")] if numbers else []
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}; expected numbers after the colon, as in arcface:0.5") from None
+    if len(values) > len(names):
+        takes = f"takes {', '.join(names)}" if names else "takes no numbers"
+        raise argparse.ArgumentTypeError(f"{text!r} has too many numbers: {name} {takes}")
+    try:
+        return make(**dict(zip(names, values, strict=False)))
+    except ValueError as wrong:
         raise argparse.ArgumentTypeError(f"{text!r}: {wrong}") from None
 
 
@@ -93,18 +101,17 @@ def positive(text: str) -> float:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    names = f"NAME or NAME:NUMBERS, as arcface:0.5 or combined:1,0.3,0.2; names: {', '.join(MARGINS)}"
-    p.add_argument("--margin", type=margin_from, default="arcface", metavar="NAME", help=f"{names} (default: arcface)")
-    p.add_argument("--scale", type=positive, default=20.0, help="scale of the cosines (default: 20)")
-    p.add_argument("--steps", type=at_least(1), help="steps of training (default: 1200; smoke: 60)")
-    p.add_argument("--batch", type=at_least(2), help="images a step (default: 128; smoke: 64)")
-    p.add_argument(
-        "--seed", type=at_least(0), default=0, help="of weights, images and the choice of classes (default: 0)"
-    )
-    p.add_argument("--head-classes", type=at_least(2), help="classes of the timed head (default: 100000; smoke: 5000)")
-    p.add_argument("--threads", type=at_least(1), help="threads of PyTorch (default: one a core)")
-    p.add_argument("--out", type=Path, default=Path("glyphs.png"), help="the picture (default: glyphs.png)")
-    p.add_argument("--smoke", action="store_true", help="the same in seconds, small: does it run, do the heads agree?")
+    margins = ", ".join(f"{name}:{','.join(names)}" if names else name for name, (_, names) in MARGINS.items())
+    add = p.add_argument
+    add("--margin", type=margin_from, default="arcface", help=f"with or without numbers: {margins} (default: arcface)")
+    add("--scale", type=positive, default=20.0, metavar="S", help="scale of the cosines (default: 20)")
+    add("--steps", type=at_least(1), metavar="N", help="steps of training (default: 1200; smoke: 60)")
+    add("--batch", type=at_least(2), metavar="N", help="images a step (default: 128; smoke: 64)")
+    add("--seed", type=at_least(0), default=0, metavar="N", help="of weights, images and classes (default: 0)")
+    add("--head-classes", type=at_least(2), metavar="N", help="of the timed head (default: 100000; smoke: 5000)")
+    add("--threads", type=at_least(1), metavar="N", help="threads of PyTorch (default: one a core)")
+    add("--out", type=Path, default="glyphs.png", metavar="FILE", help="the picture, a PNG (default: glyphs.png)")
+    add("--smoke", action="store_true", help="the same in seconds, small: does it run, do the heads agree?")
     return p
 
 
@@ -190,6 +197,8 @@ def run(plan: Plan, out: Path) -> int:
     wrong = complaints(agreement, recipe.margin, *verified, cost)
     for sentence in wrong:
         print(f"The heads disagree: {sentence}.", file=sys.stderr)
+    if not wrong:
+        print("The heads agree: what differs is rounding.")
     return 1 if wrong else 0
 
 
@@ -197,8 +206,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command."""
     command = parser()
     options = command.parse_args(argv)
-    if not os.access(options.out.resolve().parent, os.W_OK):
-        command.error(f"--out {options.out}: there is no such folder, or it can't be written to")
+    if options.out.is_dir() or not os.access(options.out.resolve().parent, os.W_OK):
+        command.error(f"--out {options.out}: expected a file in a folder that exists and can be written to")
     if reasons := fm.why_not("cpu"):
         raise SystemExit(f"The fused head can't run, so there is nothing to compare: {'; '.join(reasons)}.")
     if options.threads:

@@ -21,6 +21,14 @@ def backend(request):
     return require(request.param)
 
 
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives nan, so that memory which is read before it is written shows."""
+    torch.use_deterministic_algorithms(True)  # which fills it, see torch.utils.deterministic
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(autouse=True)
 def threads():
     """Tests run on one thread, quicker on small tensors, and may choose otherwise; the value is the count before."""

@@ -18,6 +18,8 @@ from .conftest import require
 from .error_rule import ErrorRule
 from .test_primitive import ARGS, SMOOTH_RULES, Inputs, check
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 PATHS = ("portable", "avx2", "avx512")
 
 

@@ -12,6 +12,8 @@ from . import cases, oracle
 from .cases import FP32, FP64, MARGINS, MODES, problem
 from .error_rule import ErrorRule
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 X, W, Y = torch.zeros(4, 8), torch.ones(5, 8), torch.tensor([0, 1, 2, 3])
 
 BAD = {  # what is changed, the error, and what it must say: what was got, what is expected, what to do
@@ -180,6 +182,21 @@ def test_cosine_of_exactly_one(backend, name, mode, sign):
     if not case.detached or case.t is None:  # with N' = 1, the rivals' slopes differ
         for name in ("d_x", "d_w"):
             torch.testing.assert_close(got[name].double(), exact[name], rtol=0, atol=tolerance * 64)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize("mode", [FP64, FP32], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("name", ["sphereface_real", "combined_default", "arcface_linear"])
+def test_cosines_that_round_beyond_one(backend, name, mode, sign):
+    """x a multiple of w_y: some cosines come out as 1 + eps, of which acos is nan."""
+    p = problem(MARGINS[name], mode, 300, 20, 33)
+    p.tensors["x"] = sign * torch.linspace(0.5, 2, 300)[:, None].to(mode.x) * p.tensors["w"][p.labels]
+    got = cases.run(p, backend)
+    p.case = p.case._replace(target=lambda c, params: MARGINS[name].target(c.detach(), params))
+    tolerance = 1e-7 if mode is FP64 else 2e-2  # the angle of 1 - eps is sqrt(2 eps)
+    torch.testing.assert_close(got["loss"].double(), cases.exact(p)["loss"], rtol=tolerance, atol=64 * tolerance)
+    for name in ("d_x", "d_w"):
+        assert got[name].isfinite().all()
 
 
 @pytest.mark.parametrize("mode", [FP64, FP32], ids=["fp64", "fp32"])

@@ -15,6 +15,8 @@ from .cases import BACKENDS, spread
 from .conftest import require
 from .error_rule import ErrorRule
 
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
 ARGS = {  # of each rule, chosen so that a good part of the cosines falls on either side
     "identity": (),
     "hard": (1.2, 0.2),
@@ -218,6 +220,17 @@ def test_target_cosine(backend):
     got = ops.target_cosine(x, w, inputs.labels, index, inputs.spec(backend))
     expected = oracle.cosines(x, w, inputs.labels, index=index).c_y.detach()
     torch.testing.assert_close(got, expected, rtol=0, atol=1e-14)
+
+
+def test_no_class_at_all(backend):
+    """A shard of which no row was sampled: red is -inf, there is no target, all gradients are 0."""
+    inputs = Inputs(batch=5, classes=9, dim=7, bias=False)
+    got = inputs.run(backend, index=torch.empty(0, dtype=torch.long))
+    assert (got[0] == -torch.inf).all()
+    for t in got[1:3]:
+        torch.testing.assert_close(t, torch.zeros_like(t))
+    for name, g in inputs.gradients(got, inputs.leaves).items():
+        torch.testing.assert_close(g, torch.zeros_like(g), msg=name)
 
 
 def test_row_without_rival(backend):

@@ -132,7 +132,7 @@ Partial<T> partial_of(const Problem<T>& p, T* base, int64_t split) {
   const int64_t shares = (p.want & kDx) ? ((p.want & kSum) ? 2 : 1) : 0;
   T* state = base + split * p.padded * (kRowState + shares * p.dim);
   T* o_red = state + kRowState * p.padded;
-  return {state, o_red, o_red + p.padded * p.dim};
+  return {state, shares > 0 ? o_red : nullptr, shares > 1 ? o_red + p.padded * p.dim : nullptr};
 }
 
 template <class T>
@@ -178,6 +178,8 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
 
   const int64_t begin = cut.tiles * split / cut.splits, end = cut.tiles * (split + 1) / cut.splits;
   const int64_t first = group * kRowGroup, last = std::min(first + kRowGroup, p.padded);
+  for (T* share : {out.o_red, out.o_sum})  // no class: nothing will be written
+    if (begin == end && share) std::fill(share + first * p.dim, share + last * p.dim, T(0));
   for (int64_t number = begin; number < end; number++) {
     load_tile(p, number, cut.tile_classes, x.depth, p.want & kDx, tile);
     for (int64_t block = first / kRowBlock; block * kRowBlock < last; block++) {

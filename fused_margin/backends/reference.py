@@ -24,6 +24,17 @@ def _round(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t + (t.to(dtype).to(t.dtype) - t).detach()
 
 
+def _round_slopes(g: Tensor, dtype: torch.dtype) -> Tensor:
+    """The upstream gradient of the cosines as an operand of the backward's products has it.
+
+    Each row in units of its largest entry, so that neither a loss scale nor a small probability leaves float16's range.
+    """
+    if not g.shape[1]:
+        return g
+    unit = g.abs().amax(1, keepdim=True).clamp_min(torch.finfo(g.dtype).tiny)
+    return _round(g / unit, dtype) * unit
+
+
 def _rows(x: Tensor, w: Tensor, index: Tensor | None, spec: Spec) -> tuple[Tensor, Tensor]:
     """x_hat [B, D] and w_hat [C * K, D], normalised where the spec says so, in the accumulation dtype."""
     acc = acc_dtype(x)
@@ -72,28 +83,32 @@ def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, sp
     return _target(*_rows(x, w, index, spec), position, here, spec)
 
 
-def _sweep(x, w, labels, scale, tau, bias, index, rule_args, spec):
-    """cos_y [B], then for all classes [B, C]: cosines, N(c), logits u, and which of them are rivals."""
-    x_hat, w_hat = _rows(x, w, index, spec)
+def _cosines(x: Tensor, w: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
+    """Of the target [B], and of all classes [B, C] from rounded operands."""
+    x_hat, w_hat = _rows(x, w, None, spec)
     classes = w_hat.shape[0] // spec.sub_centers
-    position, here = _local(labels, classes, spec)
-    cos_y = _target(x_hat, w_hat, position, here, spec)
+    cos_y = _target(x_hat, w_hat, *_local(labels, classes, spec), spec)
     c = _round(x_hat, spec.compute_dtype) @ _round(w_hat, spec.compute_dtype).T  # [B, C * K]
-    if c.requires_grad and spec.compute_dtype not in (torch.float32, torch.float64):
-        c.register_hook(lambda g: g.to(spec.compute_dtype).to(g.dtype))
     if spec.sub_centers > 1:
         c = c.unflatten(1, (classes, spec.sub_centers)).max(2).values
-    c = _clamp(c, spec)
+    return cos_y, _clamp(c, spec)
+
+
+def _logits(
+    c: Tensor, scale: Tensor, bias: Tensor | None, tau: Tensor | None, rule_args: Tensor, spec: Spec
+) -> tuple[Tensor, Tensor]:
+    """N(c) and u, both [B, C]."""
     v = RULES[spec.rule].value(c, None if tau is None else tau[:, None], rule_args)
     if spec.unit_slope:
         v = v.detach() + (c - c.detach())
     u = scale[:, None] * v
-    if bias is not None:
-        u = u + bias
-    rival = torch.ones_like(c, dtype=torch.bool)
-    if classes:
-        rival[torch.arange(len(labels), device=c.device), position] = ~here
-    return cos_y, c, v, u, rival
+    return v, u if bias is None else u + bias
+
+
+def _rivals(c: Tensor, labels: Tensor, spec: Spec) -> Tensor:
+    """[B, C]: all classes but the row's target."""
+    position, here = _local(labels, c.shape[1], spec)
+    return torch.arange(c.shape[1], device=c.device) != torch.where(here, position, -1)[:, None]
 
 
 def _reduce(u: Tensor, rival: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
@@ -104,15 +119,16 @@ def _reduce(u: Tensor, rival: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
         return u.new_full(u.shape[:1], -torch.inf), u
     u = u.masked_fill(~rival, -torch.inf)
     red = u.logsumexp(1)
-    a = torch.exp(u - red[:, None])
-    return red, a.masked_fill(~rival | (red == -torch.inf)[:, None], 0)
+    return red, u.softmax(1).masked_fill(~rival | (red == -torch.inf)[:, None], 0)
 
 
 @torch.no_grad()
 def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple[Tensor, ...]:
     _check_labels(labels, spec)
     with torch.autocast(x.device.type, enabled=False):
-        cos_y, c, v, u, rival = _sweep(x, w, labels, scale, tau, bias, index, rule_args, spec)
+        cos_y, c = _cosines(x, w if index is None else w[index], labels, spec)
+        v, u = _logits(c, scale, bias, tau, rule_args, spec)
+        rival = _rivals(c, labels, spec)
         red, a = _reduce(u, rival, spec.reduction)
         aux = cos_y.new_zeros(len(Aux._fields), len(labels))
         aux[0] = c.masked_fill(~rival, -torch.inf).amax(1) if c.shape[1] else -torch.inf
@@ -128,20 +144,22 @@ def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple
 def sweep_backward(
     g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, spec, need
 ) -> tuple[Tensor, ...]:
-    if index is not None:  # the gradient asked for is that of the rows read
-        w, index = w[index], None
-    asked = {Need.X: x, Need.W: w, Need.SCALE: scale, Need.BIAS: bias}
-    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-        leaves = {flag: t.detach().requires_grad_() for flag, t in asked.items() if need & flag}
-        x, w, scale, bias = (leaves.get(flag, t) for flag, t in asked.items())
-        cos_y, _, _, u, rival = _sweep(x, w, labels, scale, tau, bias, index, rule_args, spec)
-        with torch.no_grad():
-            a = _reduce(u, rival, spec.reduction)[1] * g_red[:, None] + g_sum_u[:, None]
-        # d red / d u = a, so this sum has the gradients of g_red . red + g_sum_u . sum_u + g_cos_y . cos_y
-        total = (a * u).masked_fill(~rival, 0).sum() + (g_cos_y * cos_y).sum()
-        grads = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    found = {
-        flag: torch.zeros_like(leaf) if grad is None else grad
-        for (flag, leaf), grad in zip(leaves.items(), grads, strict=True)
-    }
-    return tuple(found.get(flag, red.new_empty(0)) for flag in asked)
+    w = w if index is None else w[index]  # the gradient asked for is that of the rows read
+    rows = {flag: t for flag, t in ((Need.X, x), (Need.W, w)) if need & flag}
+    parameters = {flag: t for flag, t in ((Need.SCALE, scale), (Need.BIAS, bias)) if need & flag}
+
+    def cosines(leaves):
+        return _cosines(leaves.get(Need.X, x), leaves.get(Need.W, w), labels, spec)
+
+    def logits(c, leaves):
+        return _logits(c, leaves.get(Need.SCALE, scale), leaves.get(Need.BIAS, bias), tau, rule_args, spec)[1]
+
+    with torch.autocast(x.device.type, enabled=False):  # two pullbacks, with the rounding of G between them
+        (_, c), pull_rows = torch.func.vjp(cosines, rows)
+        u, pull_logits = torch.func.vjp(logits, c, parameters)
+        rival = _rivals(c, labels, spec)
+        a = _reduce(u, rival, spec.reduction)[1]  # d red / d u
+        g_c, found = pull_logits((g_red[:, None] * a + g_sum_u[:, None]).masked_fill(~rival, 0))
+        if rows:
+            found = found | pull_rows((g_cos_y, _round_slopes(g_c, spec.compute_dtype)))[0]
+    return tuple(found.get(flag, red.new_empty(0)) for flag in (Need.X, Need.W, Need.SCALE, Need.BIAS))

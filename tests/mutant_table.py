@@ -1,0 +1,145 @@
+"""The planted errors of tests/mutants.py: a file, a text that stands in it once, and what takes its place."""
+
+from typing import NamedTuple
+
+
+class Mutant(NamedTuple):
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+def _in(file: str, *rows: tuple[str, str, str]) -> list[Mutant]:
+    return [Mutant(name, file, old, new) for name, old, new in rows]
+
+
+MUTANTS = [
+    *_in(
+        "fused_margin/margins.py",
+        ("margin_wrong_by_0_002", "return cos_y - self.m", "return cos_y - self.m - 0.002"),
+        ("arcface_sign", "safe_sine(cos_y) * sin_m, beyond", "safe_sine(cos_y) * -sin_m, beyond"),
+        ("tail_condition_flipped", "beyond = cos_y < -cos_m", "beyond = cos_y > -cos_m"),
+        ("tail_linear_for_continuous", "c - joint - 1, value", "c - drop, value"),
+        ("tail_clamp_wrong", "torch.where(beyond, -1.0, value)", "torch.where(beyond, -0.999, value)"),
+        ("tail_easy_includes_zero", "torch.where(c > 0, value, c)", "torch.where(c >= 0, value, c)"),
+        ("sine_floor_dropped", "SINE_FLOOR = 1e-3", "SINE_FLOOR = 0.0"),
+        ("sine_slope_sign", "_with_slope(sine, -c /", "_with_slope(sine, c /"),
+        ("psi_last_segment_lost", "for i in range(1, int(m)))", "for i in range(1, int(m) - 1))"),
+        ("psi_offset", "* value - 2 * k", "* value - k"),
+        ("psi_segment_rounded", "k = torch.floor((angle * m", "k = torch.round((angle * m"),
+        ("combined_m3_sign", "_sin(self.m2)) - self.m3", "_sin(self.m2)) + self.m3"),
+        ("combined_joint", "_cos((math.pi - self.m2) / self.m1)", "_cos(math.pi - self.m2)"),
+        ("sv_offset", '"hard", (self.t, self.t - 1)', '"hard", (self.t, 1 - self.t)'),
+        (
+            "sv_mask_without_margin",
+            "def threshold(self, cos_y: Tensor) -> Tensor:\n        return self.base.target(cos_y)",
+            "def threshold(self, cos_y: Tensor) -> Tensor:\n        return cos_y",
+        ),
+        (
+            "detached_keeps_the_slope",
+            "return self.target(cos_y.detach()) + (cos_y - cos_y.detach())",
+            "return self.target(cos_y)",
+        ),
+        ("margin_of_another_class", "torch.where(inside, labels, 0)]", "torch.where(inside, labels - 1, 0)]"),
+    ),
+    *_in(
+        "fused_margin/rules.py",
+        ("mask_side", "c > tau, args[0] * c + args[1]", "c < tau, args[0] * c + args[1]"),
+        ("mask_not_strict", "c > tau, args[0] * c + args[1]", "c >= tau, args[0] * c + args[1]"),
+        ("curricular_without_t", "c * (args[0] + c)", "c * (1 + c)"),
+        ("clip_without_floor", "torch.maximum(c, args[0])", "c"),
+        ("filter_keeps", "torch.where(c > args[0], torch.zeros_like(c), c)", "torch.where(c > args[0], c, c)"),
+        ("gauss_weight_has_gradient", "weight.detach() * (c + 1) - 1", "weight * (c + 1) - 1"),
+        ("circle_weight_negative", "torch.relu(c + args[0]).detach()", "(c + args[0]).detach()"),
+    ),
+    *_in(
+        "fused_margin/functional.py",
+        ("mean_over_ignored_rows", "loss.sum() / valid.sum().clamp_min(1)", "loss.mean()"),
+        ("mean_over_no_row", "valid.sum().clamp_min(1)", "valid.sum()"),
+        ("ignore_index_ignored", "torch.where(valid, -F.logsigmoid(z - lse), 0)", "-F.logsigmoid(z - lse)"),
+        ("target_bias_forgotten", "z = z + bias[torch.where(valid, labels, 0)]", "z = z + 0"),
+        ("scale_gradient_dropped", "return rows.to(acc)", "return rows.detach().to(acc)"),
+        ("norm_gradient_dropped", "vector_norm(embeddings, dim=1", "vector_norm(embeddings.detach(), dim=1"),
+        ("rivals_never_detached", 'unit_slope=margin.gradient == "detached"', "unit_slope=False"),
+        ("autocast_ignored", "if torch.is_autocast_enabled(device)", "if False"),
+        ("ignored_rows_are_correct", "correct = (valid & ", "correct = ("),
+        ("topk_class_numbers", "torch.arange(first, first + cos.shape[1]", "torch.arange(cos.shape[1]"),
+    ),
+    *_in(
+        "fused_margin/spec.py",
+        ("eps_of_the_norm", "EPS = 1e-12", "EPS = 1e-8"),
+    ),
+    *_in(
+        "fused_margin/heads.py",
+        ("head_forgets_its_bias", "bias=self.bias,", "bias=None,"),
+        ("head_starts_large", "std=0.01", "std=0.1"),
+    ),
+    *_in(
+        "fused_margin/ops.py",
+        ("subset_gradient_misplaced", ".index_copy(0, index, d_w)", ".index_copy(0, index.flip(0), d_w)"),
+        ("every_gradient_computed", "Need.W * asked[1]", "Need.W"),
+    ),
+    *_in(
+        "fused_margin/backends/reference.py",
+        ("reference_clamp_dropped", "c + (c.clamp(-1, 1) - c).detach()", "c + (c - c).detach()"),
+        ("reference_labels_unchecked", "if bad.any():", "if False:"),
+        ("reference_sum_gradient", "* g_red[:, None] + g_sum_u[:, None]", "* g_red[:, None]"),
+        ("reference_shard_offset", "position = labels - spec.first_class", "position = labels"),
+        ("reference_bias_forgotten", "        u = u + bias\n", "        u = u + 0\n"),
+    ),
+    *_in(
+        "csrc/rules.h",
+        (
+            "kernel_mask_side",
+            "const auto masked = c > tau;\n    return {Ops::select(masked, args[0] * c",
+            "const auto masked = c < tau;\n    return {Ops::select(masked, args[0] * c",
+        ),
+        ("kernel_slope_forgotten", "Ops::select(masked, one * args[0], one)", "one"),
+        ("kernel_curricular_slope", "T(2) * c + args[0], one", "c + args[0], one"),
+        ("kernel_gauss_sign", "(c - tau) * (tau - c)", "(c - tau) * (c - tau)"),
+    ),
+    *_in(
+        "csrc/cpu/sweep.h",
+        ("kernel_label_off_by_one", "j >= 0 && j < t.classes ? T(j)", "j >= 0 && j < t.classes - 1 ? T(j)"),
+        ("kernel_norm_of_a_part", "for (; d < dim; d++) sum += double(row[d]) * double(row[d]);", ""),
+        ("kernel_eps_dropped", "T(1 / (norm < kEps ? kEps : norm))", "T(1 / norm)"),
+        ("kernel_lesser_centres_count", "excluded |= loser;", ""),
+        ("kernel_softplus_slope", "slope = select(u < zero, e, one)", "slope = select(u < zero, one, e)"),
+        ("kernel_columns_contiguous", "p.w.col_stride == 1 && p.w.row_stride", "p.w.row_stride"),
+    ),
+    *_in(
+        "csrc/cpu/forward.h",
+        ("kernel_sum_not_rescaled", "    sum[l] *= factor[l];\n", ""),
+        ("kernel_output_not_rescaled", "if (changed && number > begin)", "if (false)"),
+        ("kernel_splits_not_rescaled", "const T f = T(factor(s) / whole);", "const T f = T(1 / whole);"),
+        ("kernel_tile_lost", "(split + 1) / cut.splits", "(split + 1) / cut.splits - (split + 1 < cut.splits)"),
+        ("kernel_exponent_rounded", "exponential(shifted + K * T(2.121944400546905e-4))", "exponential(shifted)"),
+        ("kernel_bias_forgotten", "scale * n.value + t.bias[j]", "scale * n.value"),
+    ),
+    *_in(
+        "csrc/cpu/backward.h",
+        ("kernel_unit_slope_ignored", "(p.unit_slope ? zero + T(1) : n.slope)", "n.slope"),
+        ("kernel_sum_gradient_dropped", "g_red * a + g_sum)", "g_red * a)"),
+        ("kernel_duplicate_labels", "out[d] += in.g_cos_y[*it] * x[d]", "out[d] = in.g_cos_y[*it] * x[d]"),
+        ("kernel_projection_dropped", "(d_w[d] - along * w[d]) * inv", "d_w[d] * inv"),
+        ("kernel_clamped_norm_varies", "if (inv >= T(1 / kEps)) {", "if (false) {"),
+        ("kernel_row_blocks_overwrite", "const bool add = cos.first > 0;", "const bool add = false;"),
+    ),
+    *_in(
+        "csrc/cpu/rows.cpp",
+        ("kernel_clamp_dropped", "c = c < -1 ? -1 : c > 1 ? 1 : c;", ""),
+        ("kernel_x_projection_dropped", "(d_hat[d] - along * x[d])", "d_hat[d]"),
+        ("kernel_target_norm_forgotten", "g.g_cos_y[i] * (p.normalize_w ?", "g.g_cos_y[i] * (false ?"),
+    ),
+    *_in(
+        "csrc/cpu/ops.cpp",
+        ("kernel_label_range", "label < o.num_classes", "label <= o.num_classes"),
+        ("kernel_stride_of_labels", "y[i * labels.stride(0)]", "y[i]"),
+        ("kernel_no_rival_guard", "r = T(1e30);", "r = T(0);"),
+    ),
+    *_in(
+        "csrc/cpu/storage.h",
+        ("kernel_index_ignored", "w.index ? w.index[r] : r", "r"),
+    ),
+]  # fmt: skip

@@ -1,0 +1,130 @@
+"""Planted errors: each one must make the suite fail.  python -m tests.mutants [NAME ...]
+
+Copies the tree to a temporary directory, edits one text of one file there, rebuilds the extension if that is C++, and
+runs the quick tests until one fails. Ends with 1 if an error survives, or if its place is not found exactly once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from .mutant_table import MUTANTS, Mutant
+
+ROOT = Path(__file__).parent.parent
+# The quickest to fail first; compiling with inductor, other processes and the tests of this tool find nothing more.
+TESTS = ["margins", "primitive", "heads", "edges", "chunks", "invariants", "functional", "determinism", "parity"]
+SELECTION = [*(f"tests/test_{name}.py" for name in TESTS), "-k", "not inductor"]
+IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", "*.egg-info")
+
+
+class Verdict(NamedTuple):
+    caught: bool
+    how: str  # the test that failed, or what went wrong
+    seconds: float
+
+
+def run(command: list[str], tree: Path) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+    return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
+
+
+def build(tree: Path) -> str:
+    """Compiles what changed; the compiler's errors, or ""."""
+    done = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree)
+    errors = re.findall(r".*error.*", done.stdout + done.stderr)
+    return "" if done.returncode == 0 else "does not build: " + (errors[0] if errors else done.stderr[-200:])
+
+
+def first_failure(tree: Path, selection: list[str]) -> str:
+    """The first test that fails, "" if all pass, or how pytest ended otherwise."""
+    options = ["-x", "-q", "-p", "no:cacheprovider", "--no-header", "--tb=no", "-rfE"]
+    done = run([sys.executable, "-m", "pytest", *options, *selection], tree)
+    if done.returncode == 0:
+        return ""
+    found = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+    if found:
+        return found[1]
+    if done.returncode < 0 or done.returncode > 5:
+        return f"the process ends with {done.returncode}"
+    sys.exit(f"pytest did not run (exit {done.returncode}):\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+
+
+@contextmanager
+def planted(tree: Path, mutant: Mutant) -> Iterator[str]:
+    """The tree with the error in it; the value says what is wrong with the table, if anything."""
+    path = tree / mutant.file
+    text = path.read_text()
+    count = text.count(mutant.old)
+    if count != 1:
+        yield f"its text is there {count} times in {mutant.file}, expected once"
+        return
+    path.write_text(text.replace(mutant.old, mutant.new))
+    try:
+        yield ""
+    finally:
+        path.write_text(text)
+
+
+def judge(tree: Path, mutant: Mutant, selection: list[str]) -> Verdict:
+    start = time.monotonic()
+    with planted(tree, mutant) as problem:
+        if not problem and mutant.file.startswith("csrc/"):
+            problem = build(tree)
+        how = problem or first_failure(tree, selection)
+    return Verdict(bool(how) and not problem, how or "SURVIVED", time.monotonic() - start)
+
+
+@contextmanager
+def copy_of_the_tree() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="fused_margin_mutants_") as folder:
+        tree = Path(folder, "tree")
+        shutil.copytree(ROOT, tree, ignore=IGNORED)
+        setup = tree / "setup.py"
+        setup.write_text(setup.read_text().replace('"-O3"', '"-O1"'))  # compiles in half of the time
+        yield tree
+
+
+def survey(mutants: list[Mutant], selection: list[str], check_first: bool = True) -> int:
+    """Plants each of the errors in turn and prints what became of it; the number that were not caught."""
+    width = max(len(m.name) for m in mutants)
+    missed = 0
+    with copy_of_the_tree() as tree:
+        if any(m.file.startswith("csrc/") for m in mutants):
+            print("building the extension of the copy ...", flush=True)
+            if problem := build(tree):
+                sys.exit(problem)
+        if check_first:
+            print("running the tests on the copy as it is ...", flush=True)
+            if failure := first_failure(tree, selection):
+                sys.exit(f"without any planted error {failure} fails: nothing can be learned from the rest")
+        for number, mutant in enumerate(mutants, 1):
+            verdict = judge(tree, mutant, selection)
+            missed += not verdict.caught
+            place = f"{number:3}/{len(mutants)}  {mutant.name:{width}}  {verdict.seconds:5.0f} s"
+            print(f"{place}  {verdict.how.removeprefix('tests/')}", flush=True)
+    print(f"{len(mutants)} planted errors, {missed} not caught")
+    return missed
+
+
+def main(names: list[str]) -> int:
+    unknown = set(names) - {m.name for m in MUTANTS}
+    if unknown:
+        sys.exit(
+            f"no planted error is called {', '.join(sorted(unknown))}; they are {', '.join(m.name for m in MUTANTS)}"
+        )
+    chosen = [m for m in MUTANTS if not names or m.name in names]
+    return int(survey(chosen, SELECTION) > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
