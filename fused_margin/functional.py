@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -25,9 +26,9 @@ class Stats(NamedTuple):
     """What one sweep knows beside the loss; no gradient."""
 
     target_cosine: Tensor  # [B]; 0 where the row is ignored
-    best_rival_cosine: Tensor  # [B]; -inf where there is no rival
+    best_rival_cosine: Tensor  # [B], with bias / scale where there is a bias; -inf where there is no rival
     lse: Tensor  # [B]: log-sum-exp of all logits, the target's with its margin
-    correct: Tensor  # 0-dim int64: rows whose target has the largest cosine, without margin; ignored rows do not count
+    correct: Tensor  # 0-dim int64: rows whose target has the largest logit, without margin; ignored rows do not count
 
 
 def margin_cross_entropy(
@@ -85,14 +86,16 @@ def margin_cross_entropy(
     """
     margin = as_margin(margin)
     _check(embeddings, weight, labels, bias, reduction)
-    if not (normalize_embeddings and normalize_weight) and not _additive(margin):
+    if not (normalize_embeddings and normalize_weight) and not margin.additive:
         raise ValueError(
             f"{type(margin).__name__} is a margin on angles: it needs normalize_embeddings and normalize_weight; "
             "without them, NormFace (plain softmax) and CosFace are defined"
         )
+    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
+        raise TypeError(f"ignore_index = {ignore_index!r}; expected an integer, as -100")
     num_classes = weight.shape[0]
     labels = labels.long()
-    scale = _scale(scale, embeddings, labels, num_classes)
+    scale = row_scale(scale, embeddings, labels, num_classes)
     rule = margin.rule()
     spec = Spec(
         rule=rule.name,
@@ -106,7 +109,8 @@ def margin_cross_entropy(
     )
     spec = spec._replace(backend=choose(backend, embeddings, weight, spec))
 
-    at_rows = margin.at(labels, num_classes)
+    acc = acc_dtype(embeddings)
+    at_rows = margin.at(labels, num_classes, acc)
     tau = None
     if RULES[rule.name].needs_tau:
         with torch.no_grad():
@@ -114,10 +118,10 @@ def margin_cross_entropy(
     rule_args = rule.tensor(embeddings)
     lse, cos_y, _, aux = ops.sweep(embeddings, weight, labels, scale, tau, bias, None, rule_args, spec)
 
-    z = scale * _checked_target(at_rows.transform(cos_y), cos_y)
     valid = labels != ignore_index
-    if bias is not None:
-        z = z + bias[torch.where(valid, labels, 0)]
+    own = 0.0 if bias is None else bias.to(acc)[torch.where(valid, labels, 0)]
+    c = cos_y.clone() if return_stats else cos_y  # T may be a user's, and work in place
+    z = scale * _checked_target(at_rows.transform(c), cos_y).to(acc) + own
     loss = torch.where(valid, -F.logsigmoid(z - lse), 0)
     if reduction == "mean":
         loss = loss.sum() / valid.sum().clamp_min(1)
@@ -127,34 +131,54 @@ def margin_cross_entropy(
         return loss
     with torch.no_grad():
         best = Aux(*aux).best
-        correct = (valid & (cos_y >= best)).sum()
+        correct = (valid & (cos_y + own / scale >= best)).sum()
         return loss, Stats(cos_y.detach(), best, torch.logaddexp(lse, z).detach(), correct)
 
 
-def topk(embeddings: Tensor, weight: Tensor, k: int, compute_dtype: torch.dtype | None = None) -> tuple[Tensor, Tensor]:
+def topk(
+    embeddings: Tensor,
+    weight: Tensor,
+    k: int,
+    *,
+    bias: Tensor | None = None,
+    normalize_embeddings: bool = True,
+    normalize_weight: bool = True,
+    compute_dtype: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor]:
     """The k classes with the largest cosines, in one sweep over the weights and without a tensor of B x C.
 
-    Equivalent to: `torch.topk(F.linear(F.normalize(embeddings), F.normalize(weight)), k)`
+    Equivalent to: `torch.topk(F.linear(F.normalize(embeddings), F.normalize(weight), bias), k)`, with operands rounded
+    to `compute_dtype`, and products in float32 (float64 for float64).
     Returns: cosines [B, k] in falling order, and class numbers [B, k] (int64). No gradient.
     """
-    _check(embeddings, weight, embeddings.new_zeros(embeddings.shape[:1], dtype=torch.long), None, "none")
+    labels = torch.zeros(len(embeddings), dtype=torch.long, device=embeddings.device)
+    _check(embeddings, weight, labels, bias, "none")
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"k = {k}; expected 1 <= k <= {weight.shape[0]}, the number of classes")
     dtype, acc = _compute_dtype(compute_dtype, embeddings), acc_dtype(embeddings)
+
+    def operand(rows: Tensor, normalize: bool) -> Tensor:
+        rows = F.normalize(rows.to(acc), dim=1, eps=EPS) if normalize else rows
+        return rows.to(dtype).to(acc)
+
     with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
-        x_hat = F.normalize(embeddings.to(acc), dim=1, eps=EPS).to(dtype)
-        best = x_hat.new_empty(len(x_hat), 0, dtype=acc)
-        ids = torch.empty_like(best, dtype=torch.long)
+        x_hat = operand(embeddings, normalize_embeddings)
+        best, ids = x_hat.new_empty(len(x_hat), 0), labels.new_empty(len(x_hat), 0)
         for first in range(0, weight.shape[0], _TOPK_CHUNK):
-            w_hat = F.normalize(weight[first : first + _TOPK_CHUNK].to(acc), dim=1, eps=EPS).to(dtype)
-            cos = F.linear(x_hat, w_hat).to(acc)
-            here = torch.arange(first, first + cos.shape[1], device=cos.device).expand_as(cos)
-            best, place = torch.cat([best, cos], 1).topk(min(k, best.shape[1] + cos.shape[1]))
-            ids = torch.cat([ids, here], 1).gather(1, place)
+            chunk = slice(first, first + _TOPK_CHUNK)
+            b = None if bias is None else bias[chunk].to(acc)
+            cos = F.linear(x_hat, operand(weight[chunk], normalize_weight), b)
+            here, place = cos.topk(min(k, cos.shape[1]))
+            best, ids = torch.cat([best, here], 1), torch.cat([ids, place + first], 1)
+            best, place = best.topk(min(k, best.shape[1]))
+            ids = ids.gather(1, place)
     return best, ids
 
 
 def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, reduction: str) -> None:
+    for name, t in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}; expected a tensor, as torch.as_tensor({name}) gives")
     for name, t, shape in (("embeddings", embeddings, "[B, D]"), ("weight", weight, "[C, D]")):
         if t.dtype not in _FLOATS:
             raise TypeError(
@@ -183,7 +207,9 @@ def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise TypeError(f"labels are {labels.dtype}; expected integers, as in labels.long()")
     if labels.shape != embeddings.shape[:1]:
-        hint = "; use labels.squeeze(1)" if labels.dim() == 2 and labels.shape[1] == 1 else ""
+        hint = ""
+        if labels.dim() == 2:
+            hint = "; use labels.squeeze(1)" if labels.shape[1] == 1 else "; for one-hot rows use labels.argmax(1)"
         raise ValueError(f"labels have shape {list(labels.shape)}; expected [{embeddings.shape[0]}], one a row{hint}")
     for name, t in (("weight", weight), ("labels", labels), ("bias", bias)):
         if t is not None and t.device != embeddings.device:
@@ -193,32 +219,33 @@ def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
             )
     if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in _FLOATS):
         raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; expected floats [{weight.shape[0]}], one a class")
+    check_reduction(reduction)
+
+
+def check_reduction(reduction: str) -> None:
     if reduction not in _REDUCTIONS:
         raise ValueError(f"reduction = {reduction!r}; expected one of {', '.join(map(repr, _REDUCTIONS))}")
 
 
-def _additive(margin: Margin) -> bool:
-    """Whether T is defined for products that are no cosines: T(c) = c - m."""
-    from .margins import CosFace, CustomMargin, NormFace, SVSoftmax
+def check_scale(scale: RowParameter | str) -> None:
+    """Raises for what can never be a scale; the values of tensors are not read."""
+    if isinstance(scale, (Tensor, PerClass, PerSample)) or scale == "norm":
+        return
+    if isinstance(scale, (str, bool)) or not isinstance(scale, Real):
+        raise TypeError(f"scale = {scale!r}; expected a positive number, a tensor, or 'norm'")
+    if not 0 < scale < math.inf:  # not isfinite: under torch.compile this may be a symbol
+        raise ValueError(f"scale = {scale!r}; expected a positive finite number, as 64.0")
 
-    return isinstance(margin, (NormFace, CosFace, CustomMargin)) and not isinstance(margin, SVSoftmax)
 
-
-def _scale(scale: RowParameter | str, embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def row_scale(scale: RowParameter | str, embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """s as a tensor [B] of the accumulation dtype."""
+    check_scale(scale)
     acc = acc_dtype(embeddings)
     if isinstance(scale, str):
-        if scale != "norm":
-            raise ValueError(f"scale = {scale!r}; expected a positive number, a tensor, or 'norm'")
         return torch.linalg.vector_norm(embeddings, dim=1, dtype=acc)
-    if not isinstance(scale, (Tensor, PerClass, PerSample)):
-        if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-            raise TypeError(f"scale = {scale!r}; expected a positive number, a tensor, or 'norm'")
-        if not (math.isfinite(scale) and scale > 0):
-            raise ValueError(f"scale = {scale!r}; expected a positive finite number, as 64.0")
-        return embeddings.new_full(embeddings.shape[:1], scale, dtype=acc)
-    rows = gather_rows(scale, labels, num_classes, "scale")
-    return rows.to(acc).expand(embeddings.shape[0])
+    if isinstance(scale, Real):
+        return embeddings.new_full(embeddings.shape[:1], float(scale), dtype=acc)
+    return gather_rows(scale, labels, num_classes, acc, "scale").expand(embeddings.shape[0])
 
 
 def _compute_dtype(asked: torch.dtype | None, embeddings: Tensor) -> torch.dtype:

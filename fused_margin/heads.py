@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional
-from .margins import ArcFace, Margin, RowParameter, as_margin
-from .spec import EPS
+from .backends import BACKENDS, why_not
+from .margins import ArcFace, CustomMargin, Margin, PerClass, PerSample, RowParameter, as_margin
+from .spec import EPS, acc_dtype
 
 
 class MarginHead(nn.Module):
@@ -23,8 +24,9 @@ class MarginHead(nn.Module):
         embedding_size: D.
         num_classes: C.
         margin: a margin of the library, or a function of the target cosines. Tensors in it become buffers of the head
-            (parameters stay parameters), so that they follow `.to(...)` and stand in the state_dict.
-        scale: s; "norm" takes each embedding's norm (A-Softmax).
+            (parameters stay parameters), so that they follow `.to(...)` and stand in the state_dict; so does a
+            function that is an nn.Module.
+        scale: s, one for all: a number, a 0-dim tensor or parameter, or "norm", each embedding's norm (A-Softmax).
         bias: a learnable bias per class, for plain softmax.
     The weight [C, D] starts as N(0, 0.01), as InsightFace's: normalised weights turn at a speed of lr / |w|^2, so the
     norm they start with is part of a training recipe.
@@ -60,17 +62,45 @@ class MarginHead(nn.Module):
             "compute_dtype": compute_dtype,
             "backend": backend,
         }
-        self.scale = scale
+        functional.check_reduction(reduction)
+        if backend is not None and why_not(backend):
+            raise ValueError(
+                f"backend={backend!r} cannot run: {', '.join(why_not(backend))}; have {', '.join(BACKENDS)}"
+            )
         self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_classes, device=device, dtype=dtype)) if bias else None
-        self._margin = ArcFace() if margin is None else as_margin(margin)
+        functional.check_scale(scale)
+        if isinstance(scale, (PerClass, PerSample)) or (isinstance(scale, Tensor) and scale.dim()):
+            raise ValueError("a head has one scale for all; for others call functional.margin_cross_entropy")
+        if isinstance(scale, Tensor):
+            self._hold("scale", scale)
+        else:
+            self.scale = scale
+        self._margin = self._per_class(ArcFace() if margin is None else as_margin(margin))
+        if isinstance(self._margin, CustomMargin) and isinstance(self._margin.fn, nn.Module):
+            self.margin_module = self._margin.fn  # its parameters are the head's
         self._margin_tensors = {name: "margin_" + name.replace(".", "_") for name in self._margin.tensors()}
         for name, tensor in self._margin.tensors().items():
-            if isinstance(tensor, nn.Parameter):
-                self.register_parameter(self._margin_tensors[name], tensor)
-            else:
-                self.register_buffer(self._margin_tensors[name], tensor)
+            self._hold(self._margin_tensors[name], tensor)
         self.reset_parameters()
+
+    def _hold(self, name: str, tensor: Tensor) -> None:
+        """A parameter stays one, another tensor becomes a buffer; both on the weight's device."""
+        moved = tensor.to(self.weight.device)
+        if isinstance(tensor, nn.Parameter):
+            self.register_parameter(name, tensor if moved is tensor else nn.Parameter(moved.detach()))
+        elif tensor.requires_grad:
+            raise ValueError(f"{name} asks for a gradient, but no optimizer would see it; expected an nn.Parameter")
+        else:
+            self.register_buffer(name, moved)
+
+    def _per_class(self, margin: Margin) -> Margin:
+        """Tensors of one value a class, marked as that: a batch may be as large as there are classes."""
+
+        def mark(name: str, value: RowParameter) -> RowParameter:
+            return PerClass(value) if isinstance(value, Tensor) and value.shape == (self.num_classes,) else value
+
+        return margin.map(mark)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.01)
@@ -103,17 +133,26 @@ class MarginHead(nn.Module):
 
         Equivalent to: `scale * F.linear(F.normalize(embeddings), F.normalize(weight)) + bias`
         """
-        x, w = embeddings.to(self.weight.dtype), self.weight
-        if self.options["normalize_embeddings"]:
-            x = F.normalize(x, dim=1, eps=EPS)
-        if self.options["normalize_weight"]:
-            w = F.normalize(w, dim=1, eps=EPS)
-        scale = embeddings.norm(dim=1, keepdim=True) if self.scale == "norm" else self.scale
-        return F.linear(x, w) * scale + (0 if self.bias is None else self.bias)
+        acc = acc_dtype(self.weight)
+        with torch.autocast(embeddings.device.type, enabled=False):
+            x, w = embeddings.to(acc), self.weight.to(acc)
+            scale = torch.linalg.vector_norm(x, dim=1, keepdim=True) if isinstance(self.scale, str) else self.scale
+            if self.options["normalize_embeddings"]:
+                x = F.normalize(x, dim=1, eps=EPS)
+            if self.options["normalize_weight"]:
+                w = F.normalize(w, dim=1, eps=EPS)
+            return F.linear(x, w) * scale + (0 if self.bias is None else self.bias.to(acc))
 
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """(cosines, class numbers), both [B, k]: the nearest classes, in one sweep, without a tensor of B x C."""
-        return functional.topk(embeddings, self.weight, k, self.options["compute_dtype"])
+        """(cosines, class numbers), both [B, k]: the nearest classes, in one sweep, without a tensor of B x C.
+
+        With a bias, classes are ranked by their logits, and cosines come with bias / scale.
+        """
+        if self.bias is not None and isinstance(self.scale, str):
+            raise ValueError("topk with a bias and scale='norm' has no one order of the classes; use logits")
+        options = {name: self.options[name] for name in ("normalize_embeddings", "normalize_weight", "compute_dtype")}
+        bias = None if self.bias is None else self.bias.detach() / self.scale
+        return functional.topk(embeddings, self.weight, k, bias=bias, **options)
 
     def extra_repr(self) -> str:
         parts = [f"embedding_size={self.embedding_size}", f"num_classes={self.num_classes}", f"margin={self._margin}"]

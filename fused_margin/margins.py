@@ -11,6 +11,8 @@ import dataclasses
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from numbers import Real
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from .rules import IDENTITY, Rule
 SINE_FLOOR = 1e-3  # 1/sin(theta) is kept below 1000: cosines within 5e-7 of +-1, in every dtype
 TAILS = ("raw", "linear", "continuous", "clamp", "easy")
 GRADIENTS = ("exact", "detached")
+_LARGEST_POLYNOMIAL = 16  # degree up to which SphereFace computes psi without an angle
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +65,8 @@ def safe_angle(c: Tensor) -> Tensor:
     return _with_slope(torch.acos(c), -1 / sine.clamp_min(SINE_FLOOR), c)
 
 
-def gather_rows(value: RowParameter, labels: Tensor, num_classes: int, name: str) -> float | Tensor:
-    """A row parameter as a float, a 0-dim tensor or a [B] tensor: per-class values are read at each row's label.
+def gather_rows(value: RowParameter, labels: Tensor, num_classes: int, dtype: torch.dtype, name: str) -> float | Tensor:
+    """A row parameter as a float, a 0-dim tensor or a [B] tensor of `dtype`; per-class values at each row's label.
 
     Labels outside [0, num_classes) (ignored rows) read class 0; their loss is dropped later.
     """
@@ -72,8 +75,10 @@ def gather_rows(value: RowParameter, labels: Tensor, num_classes: int, name: str
         value, axis = value.values, "class"
     elif isinstance(value, PerSample):
         value, axis = value.values, "sample"
-    elif not isinstance(value, Tensor) or value.dim() == 0:
+    elif not isinstance(value, Tensor):
         return value
+    elif value.dim() == 0:
+        return value.to(dtype)
     elif value.shape == (batch,) and batch == num_classes:
         raise ValueError(
             f"{name}: a tensor of {batch} values could be per class or per sample, as both counts are {batch}; "
@@ -87,6 +92,7 @@ def gather_rows(value: RowParameter, labels: Tensor, num_classes: int, name: str
             f"{name}: got a tensor of shape {list(value.shape)}; expected a float, a 0-dim tensor, "
             f"[{num_classes}] values (one a class) or [{batch}] values (one a sample)"
         )
+    value = value.to(dtype)  # a cosine of a 16-bit margin would be a 16-bit cosine
     if axis == "sample":
         return value
     inside = (labels >= 0) & (labels < num_classes)
@@ -97,9 +103,9 @@ def _number(name: str, value: RowParameter, low: float = -math.inf, high: float 
     """A float parameter must be a finite number in [low, high]; tensors are values of a run, and are not read."""
     if isinstance(value, (Tensor, PerClass, PerSample)):
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {value!r}; expected a number, a tensor, fm.PerClass or fm.PerSample")
-    if not (math.isfinite(value) and low <= value <= high):
+    if not (low <= value <= high and abs(value) < math.inf):  # False for nan
         bounds = "a finite number" + ("" if low == -math.inf and high == math.inf else f" in [{low:g}, {high:g}]")
         raise ValueError(f"{name} = {value!r}; expected {bounds}")
 
@@ -126,6 +132,7 @@ class Margin:
     """
 
     gradient: str = "exact"
+    additive: ClassVar[bool] = True  # T has a meaning for products that are no cosines; not so for margins on angles
 
     def target(self, cos_y: Tensor) -> Tensor:
         """T(cos_y), both [B]."""
@@ -145,9 +152,9 @@ class Margin:
             return self.target(cos_y.detach()) + (cos_y - cos_y.detach())
         return self.target(cos_y)
 
-    def at(self, labels: Tensor, num_classes: int) -> Margin:
-        """This margin with every per-class parameter read at the rows' labels."""
-        return self._map(lambda name, value: gather_rows(value, labels, num_classes, name))
+    def at(self, labels: Tensor, num_classes: int, dtype: torch.dtype) -> Margin:
+        """This margin with its tensors in `dtype` and every per-class parameter read at the rows' labels."""
+        return self.map(lambda name, value: gather_rows(value, labels, num_classes, dtype, name))
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters that are tensors, by name (those of a base margin as "base.m")."""
@@ -159,7 +166,7 @@ class Margin:
                 found[name] = inner
             return value
 
-        self._map(visit)
+        self.map(visit)
         return found
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Margin:
@@ -171,9 +178,9 @@ class Margin:
             wrapped = isinstance(value, (PerClass, PerSample))
             return type(value)(tensors[name]) if wrapped else tensors[name]
 
-        return self._map(replace)
+        return self.map(replace)
 
-    def _map(self, fn: Callable[[str, RowParameter], RowParameter], prefix: str = "") -> Margin:
+    def map(self, fn: Callable[[str, RowParameter], RowParameter], prefix: str = "") -> Margin:
         """A copy whose numeric parameters went through `fn(name, value)`."""
         if not dataclasses.is_dataclass(self):
             return self
@@ -181,8 +188,8 @@ class Margin:
         for f in dataclasses.fields(self):
             value = getattr(self, f.name)
             if isinstance(value, Margin):
-                changed[f.name] = value._map(fn, f"{prefix}{f.name}.")
-            elif isinstance(value, (int, float, Tensor, PerClass, PerSample)):
+                changed[f.name] = value.map(fn, f"{prefix}{f.name}.")
+            elif isinstance(value, (Real, Tensor, PerClass, PerSample)):
                 changed[f.name] = fn(prefix + f.name, value)
         copy = object.__new__(type(self))  # not through __init__: the values were checked when the user gave them
         copy.__dict__.update(self.__dict__ | changed)
@@ -254,6 +261,7 @@ class ArcFace(Margin):
     m: RowParameter = 0.5
     tail: str = "linear"
     gradient: str = field(default="exact", kw_only=True)
+    additive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _number("m", self.m, 0, math.pi)
@@ -298,6 +306,7 @@ class SphereFace(Margin):
 
     m: RowParameter = 1.7
     gradient: str = field(default="exact", kw_only=True)
+    additive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _number("m", self.m, 1)
@@ -305,7 +314,7 @@ class SphereFace(Margin):
 
     def target(self, cos_y: Tensor) -> Tensor:
         m = self.m
-        if not isinstance(m, Tensor) and m == int(m):
+        if not isinstance(m, Tensor) and m == int(m) and m <= _LARGEST_POLYNOMIAL:
             k = sum((cos_y <= math.cos(i * math.pi / m)).to(cos_y.dtype) for i in range(1, int(m)))
             k = k if isinstance(k, Tensor) else torch.zeros_like(cos_y)
             value = multiple_angle(cos_y, int(m))
@@ -331,6 +340,7 @@ class CombinedMargin(Margin):
     m3: RowParameter = 0.2
     tail: str | None = None
     gradient: str = field(default="exact", kw_only=True)
+    additive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         _number("m1", self.m1, 1)
@@ -365,10 +375,13 @@ class SVSoftmax(Margin):
     t: float | Tensor = 1.2
     base: Margin = field(default_factory=NormFace)
     gradient: str | None = field(default=None, kw_only=True)  # None: the base's
+    additive: ClassVar[bool] = False  # N's t - 1 is one of cosines
 
     def __post_init__(self) -> None:
         if isinstance(self.t, (PerClass, PerSample)) or (isinstance(self.t, Tensor) and self.t.dim()):
             raise TypeError("t is one number for all classes: a float or a 0-dim tensor")
+        if isinstance(self.t, Tensor) and self.t.requires_grad:
+            raise TypeError("t asks for a gradient, and SV-Softmax has none for it; expected t.detach()")
         _number("t", self.t, 1)
         object.__setattr__(self, "base", as_margin(self.base))
         if self.base.rule() != IDENTITY:

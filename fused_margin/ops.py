@@ -123,3 +123,10 @@ def _backward(ctx, g_red, g_cos_y, g_sum_u, *_):
 
 
 torch.library.register_autograd("fused_margin::sweep", _backward, setup_context=_setup_context)
+
+
+def _no_second_derivative(ctx, *_):
+    raise RuntimeError("fused_margin has first derivatives only; for second ones write the loss in plain PyTorch")
+
+
+torch.library.register_autograd("fused_margin::sweep_backward", _no_second_derivative)

@@ -31,7 +31,7 @@ class Need(IntFlag):
 class Aux(NamedTuple):
     """Rows of the sweep's `aux` [6, B]; no gradient."""
 
-    best: torch.Tensor  # the largest rival cosine, -inf where there is no rival
+    best: torch.Tensor  # the largest rival cosine (+ bias / scale), -inf where there is no rival
     masked_count: torch.Tensor  # rivals with c > tau
     masked_sum: torch.Tensor  # the sum of their cosines
     mean_v: torch.Tensor  # sum_j A_ij N(c_ij), the derivative of red by the scale

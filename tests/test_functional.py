@@ -13,6 +13,7 @@ from fused_margin.spec import Need
 
 from . import cases, oracle
 from .cases import BF16, FP32, FP64, MARGINS, problem
+from .conftest import require
 from .error_rule import ErrorRule
 
 B, C, D = 12, 30, 16
@@ -266,6 +267,32 @@ def test_backward_twice_through_one_graph(backend):
     first, second = (torch.autograd.grad(loss, (x, w), retain_graph=True) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_second_derivatives_are_refused(backend):
+    """The sweep has first derivatives only; without an error, a gradient penalty would silently be 0."""
+    x, w, labels = inputs()
+    loss = margin_cross_entropy(x, w, labels, fm.CosFace(), backend=backend)
+    (d_w,) = torch.autograd.grad(loss, w, create_graph=True)
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(d_w.sum(), w)
+
+
+def test_default_backend():
+    """The fused one where it can run; else the reference, with a warning that says why. Nothing falls back silently."""
+    x, w, labels = inputs(dtype=torch.float32)
+    expected = margin_cross_entropy(x, w, labels, fm.CosFace(), backend=require("cpu"))
+    assert torch.equal(margin_cross_entropy(x, w, labels, fm.CosFace()), expected)
+
+
+def test_fallback_warns(monkeypatch):
+    monkeypatch.setattr(fm.backends.cpu, "why_not", lambda *_: ["it is Sunday"])
+    x, w, labels = inputs(dtype=torch.float32)
+    expected = margin_cross_entropy(x, w, labels, fm.CosFace(), backend="reference")
+    with pytest.warns(fm.FallbackWarning, match="cpu: it is Sunday"):
+        assert torch.equal(margin_cross_entropy(x, w, labels, fm.CosFace()), expected)
+    with pytest.raises(ValueError, match="backend='cpu' cannot run this: it is Sunday"):
+        margin_cross_entropy(x, w, labels, fm.CosFace(), backend="cpu")
 
 
 OWN = {

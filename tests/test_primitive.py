@@ -254,9 +254,12 @@ def test_masks_are_decided_alike_in_both_directions(backend, compute, ahead):
     """
     inputs = Inputs(200, 1500, 64, "hard", dtype=torch.float32)
     inputs.leaves["bias"].data.zero_()
-    best = Aux(*inputs.run(backend, compute_dtype=compute)[3]).best
+    inputs.tau = torch.full((200,), 2.0)  # nothing is masked
+    unmasked, _, _, aux = inputs.run(backend, compute_dtype=compute)
+    best = Aux(*aux).best
     inputs.tau = torch.nextafter(best, best - 1) if ahead else best
     red, _, _, aux = inputs.run(backend, compute_dtype=compute)
+    assert bool((red > unmasked).all()) if ahead else torch.equal(red, unmasked)
     torch.testing.assert_close(Aux(*aux).masked_count, torch.full((200,), float(ahead)))
     (d_bias,) = torch.autograd.grad(red.sum(), inputs.leaves["bias"])
     assert float(d_bias.double().sum()) == pytest.approx(200, rel=1e-5)

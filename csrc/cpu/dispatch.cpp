@@ -115,17 +115,25 @@ const CpuPath& cpu_path() {
 
 extern "C" {
 
-// The path in use, for people.
-__attribute__((visibility("default"))) const char* fm_cpu_path() {
+// What is wrong with FUSED_MARGIN_CPU_CAPABILITY; "" if nothing is.
+__attribute__((visibility("default"))) const char* fm_cpu_error() {
   static thread_local std::string text;
+  text.clear();
   try {
-    const auto& path = fused_margin::cpu_path();
-    const auto by = [](bool torch) { return torch ? "torch's tile products (brgemm)" : "own loops"; };
-    text = std::string(path.name) + ", float32: " + by(path.products.f32) +
-           ", bfloat16: " + (path.products.bf16 ? by(true) : "computed in float32");
+    fused_margin::cpu_path();
   } catch (const std::exception& error) {
     text = error.what();
   }
+  return text.c_str();
+}
+
+// The path in use, for people; only where there is no error.
+__attribute__((visibility("default"))) const char* fm_cpu_path() {
+  static thread_local std::string text;
+  const auto& path = fused_margin::cpu_path();
+  const auto by = [](bool torch) { return torch ? "torch's tile products (brgemm)" : "own loops"; };
+  text = std::string(path.name) + ", float32: " + by(path.products.f32) +
+         ", bfloat16: " + (path.products.bf16 ? by(true) : "computed in float32");
   return text.c_str();
 }
 

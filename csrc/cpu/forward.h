@@ -69,7 +69,8 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
       top = select(e.excluded, top, select(u > top, u, top));
       if constexpr (extras) {
         const auto hard = e.c > tau;
-        best = select(e.excluded, best, select(e.c > best, e.c, best));
+        const Vec<T> score = p.bias ? e.c + t.bias[j] / scale : e.c;
+        best = select(e.excluded, best, select(score > best, score, best));
         count += select(e.excluded, zero, select(hard, zero + T(1), zero));
         masked += select(e.excluded, zero, select(hard, e.c, zero));
         sum_v += select(e.excluded, zero, v);

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <numeric>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
@@ -160,13 +161,16 @@ struct Call {
   void read_targets(const Tensor& labels, const Options& o) {
     STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 && labels.size(0) == p.batch,
                     "fused_margin: labels must be int64, one for each of the ", p.batch, " rows");
-    target.assign(p.padded, -1);
+    target.assign(p.padded, kElsewhere);
     const int64_t* y = labels.const_data_ptr<int64_t>();
     for (int64_t i = 0; i < p.batch; i++) {
       const int64_t label = y[i * labels.stride(0)], here = label - o.first_class;
+      if (label == o.ignore_index) target[i] = kIgnored;
       if (label == o.ignore_index) continue;
-      STD_TORCH_CHECK(label >= 0 && label < o.num_classes, "labels[", i, "] = ", label, " is outside [0, ",
-                      o.num_classes, ") and is not ignore_index = ", o.ignore_index);
+      if (label < 0 || label >= o.num_classes)  // thrown as it is: for the user, without a place in this file
+        throw std::runtime_error("labels[" + std::to_string(i) + "] = " + std::to_string(label) + " is outside [0, " +
+                                 std::to_string(o.num_classes) +
+                                 ") and is not ignore_index = " + std::to_string(o.ignore_index));
       if (here >= 0 && here < p.classes) target[i] = here;
     }
     p.target = target.data();
@@ -253,8 +257,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& x, const T
                        g_sum_u = rows("g_sum_u", up.g_sum_u);
   std::vector<T> red = rows("red", up.red), red_low(p.padded);
   std::copy_n(up.aux.const_data_ptr<T>() + 5 * p.batch, p.batch, red_low.begin());
-  for (T& r : red)  // no rival: exp(u - red) must be 0
-    if (r == -std::numeric_limits<T>::infinity()) r = T(1e30);
+  const T nothing = T(1e30);  // exp(u - red) must be 0: in a row without rivals, and in the padding
+  std::fill(red.begin() + p.batch, red.end(), nothing);
+  std::replace(red.begin(), red.end(), -std::numeric_limits<T>::infinity(), nothing);
   std::vector<int64_t> by_target(p.batch);
   std::iota(by_target.begin(), by_target.end(), 0);
   std::stable_sort(by_target.begin(), by_target.end(),
@@ -263,7 +268,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& x, const T
                          red_low.data(), call.target_row.data(), by_target.data()};
 
   const auto make = [&](bool needed, const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-    return torch::stable::new_empty(like, needed ? std::vector<int64_t>(shape) : std::vector<int64_t>{0}, type);
+    return torch::stable::new_empty(like, needed ? std::vector<int64_t>(shape) : std::vector<int64_t>{0},
+                                    needed ? type : kType<T>);
   };
   Tensor d_x = make(need & kX, x, {p.batch, p.dim}, x.scalar_type());
   Tensor d_w = make(need & kW, w, {p.classes * p.sub_centers, p.dim}, w.scalar_type());

@@ -27,11 +27,13 @@ constexpr int64_t kForwardTasks = 32;      // at most; a fixed number, so that s
 constexpr int64_t kTilesPerTask = 4;       // at least, in the forward
 constexpr int64_t kBackwardTileGroup = 4;  // tiles per task in the backward
 
+constexpr int64_t kElsewhere = -1;  // the row's target is no class of this shard
+constexpr int64_t kIgnored = -2;    // the row takes no part: its embedding counts as 0, even if it holds NaN
+
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 inline int64_t div_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
 enum class Storage { f32, f64, bf16, f16 };
-inline size_t storage_size(Storage s) { return s == Storage::f64 ? 8 : s == Storage::f32 ? 4 : 2; }
 
 // The class weights as they lie in memory: any strides, optionally the rows that `index` names.
 struct Weights {
@@ -51,7 +53,7 @@ struct Problem {
   Reduction reduction;
   int want;
   const T* x_hat;         // [padded, dim], normalised if x is
-  const int64_t* target;  // [padded] class of the row here, or -1
+  const int64_t* target;  // [padded] class of the row here, or kElsewhere, or kIgnored
   const T *scale, *tau;   // [padded]
   const T* bias;          // [classes] or null
   const T* args;          // of the rule

@@ -1,6 +1,7 @@
 // The work on single rows; see rows.h. Sums over the dimension in double, as there are few.
 #include "rows.h"
 
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -36,6 +37,7 @@ void prepare_rows(const Problem<T>& p, const RowsIn& in, const RowsOut<T>& out, 
   for (int64_t i = begin; i < end; i++) {
     T* x = out.x_hat + i * p.dim;
     read_row(in.x, i, p.dim, x);
+    if (p.target[i] == kIgnored) std::fill(x, x + p.dim, T(0));
     const double inv = in.normalize_x ? inverse_norm(x, p.dim) : 1;
     out.inv[i] = T(inv);
     for (int64_t d = 0; d < p.dim; d++) x[d] = T(x[d] * inv);
@@ -71,6 +73,7 @@ void finish_rows(const Problem<T>& p, const RowsIn& in, const RowsOut<T>& rows, 
     const bool constant = !in.normalize_x || rows.inv[i] >= T(1 / kEps);  // no norm, or a clamped one
     const T along = constant ? T(0) : T(dot(d_hat.data(), x, p.dim));
     for (int64_t d = 0; d < p.dim; d++) d_hat[d] = (d_hat[d] - along * x[d]) * rows.inv[i];
+    if (p.target[i] == kIgnored) std::fill(d_hat.begin(), d_hat.end(), T(0));
     write_row(in.x.storage, d_hat.data(), p.dim, d_x, i);
   }
 }

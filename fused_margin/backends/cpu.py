@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import platform
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..rules import CODES, REDUCTIONS
-from ..spec import Spec
+from ..spec import Need, Spec
 
-CAPABILITIES = ("portable", "avx2", "avx512")  # what FUSED_MARGIN_CPU_CAPABILITY takes, in rising order
+CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")  # what FUSED_MARGIN_CPU_CAPABILITY takes, in rising order
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SPEC = (
     "int rule, bool unit_slope, int reduction, int sub_centers, bool normalize_x, bool normalize_w, bool bf16, "
@@ -31,7 +30,7 @@ _library.define(
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    """The library, or why there is none."""
+    """The library if it is there, and why it cannot be used ("" if it can)."""
     path = Path(__file__).parent.parent / "_C.abi3.so"
     if not path.exists():
         return None, (
@@ -43,16 +42,16 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         library = ctypes.CDLL(str(path))
     except OSError as error:
         return None, f"the C++ extension does not load: {error}"
-    library.fm_cpu_path.restype = ctypes.c_char_p
+    library.fm_cpu_error.restype = library.fm_cpu_path.restype = ctypes.c_char_p
     library.fm_set_capability.argtypes = [ctypes.c_char_p]
-    return library, ""
+    return library, library.fm_cpu_error().decode()
 
 
-_C, _missing = _load()
+_C, _reason = _load()
 
 
 def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
-    reasons = [_missing] if _C is None else []
+    reasons = [_reason] if _reason else []
     for name, t in (("embeddings", x), ("weight", w)):
         if t is None:
             continue
@@ -65,27 +64,29 @@ def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
 
 def path() -> str:
     """The path in use, for people: instruction set, and what computes the products."""
-    return _missing if _C is None else _C.fm_cpu_path().decode()
+    return _reason or _C.fm_cpu_path().decode()
 
 
-def machine() -> str:
-    return f"{platform.machine()}, {torch.get_num_threads()} threads"
+_forced: list[str] = []  # what the `capability` blocks that are open have asked for
 
 
 @contextlib.contextmanager
-def capability(name: str | None) -> Iterator[None]:
-    """Within the block, use this entry of CAPABILITIES (or the one that FUSED_MARGIN_CPU_CAPABILITY names).
+def capability(name: str) -> Iterator[None]:
+    """Within the block, the whole process uses this entry of CAPABILITIES: for tests.
 
-    "portable" and "avx2" compute products with our own loops, so that every path can be tested on one machine.
+    All but the best one of this CPU compute products with our own loops, so that every path can be tested on one
+    machine.
     """
     if _C is None:
-        raise RuntimeError(_missing)
-    if name is not None and not _C.fm_set_capability(name.encode()):
+        raise RuntimeError(_reason)
+    if not _C.fm_set_capability(name.encode()):
         raise ValueError(f"capability {name!r} is unknown, or this CPU lacks it; expected one of {CAPABILITIES}")
+    _forced.append(name)
     try:
         yield
     finally:
-        _C.fm_set_capability(b"")
+        _forced.pop()
+        _C.fm_set_capability((_forced[-1] if _forced else "").encode())
 
 
 def _pack(spec: Spec) -> tuple[int | bool, ...]:
@@ -115,7 +116,10 @@ def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple
 def sweep_backward(
     g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, spec, need
 ) -> tuple[Tensor, ...]:
-    return torch.ops.fused_margin_cpu.sweep_backward(
+    d_x, d_w, d_scale, d_bias = torch.ops.fused_margin_cpu.sweep_backward(
         g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
         *_pack(spec), need,
     )  # fmt: skip
+    if need & Need.BIAS:
+        d_bias = d_bias.to(bias.dtype)
+    return d_x, d_w, d_scale.to(scale.dtype) if need & Need.SCALE else d_scale, d_bias

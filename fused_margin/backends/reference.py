@@ -79,12 +79,14 @@ def _clamp(c: Tensor, spec: Spec) -> Tensor:
 def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, spec: Spec) -> Tensor:
     _check_labels(labels, spec)
     classes = (w if index is None else index).shape[0] // spec.sub_centers
+    x = torch.where((labels == spec.ignore_index)[:, None], 0, x)
     position, here = _local(labels, classes, spec)
     return _target(*_rows(x, w, index, spec), position, here, spec)
 
 
 def _cosines(x: Tensor, w: Tensor, labels: Tensor, spec: Spec) -> tuple[Tensor, Tensor]:
     """Of the target [B], and of all classes [B, C] from rounded operands."""
+    x = torch.where((labels == spec.ignore_index)[:, None], 0, x)  # ignored rows take no part, even with NaN
     x_hat, w_hat = _rows(x, w, None, spec)
     classes = w_hat.shape[0] // spec.sub_centers
     cos_y = _target(x_hat, w_hat, *_local(labels, classes, spec), spec)
@@ -131,7 +133,8 @@ def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple
         rival = _rivals(c, labels, spec)
         red, a = _reduce(u, rival, spec.reduction)
         aux = cos_y.new_zeros(len(Aux._fields), len(labels))
-        aux[0] = c.masked_fill(~rival, -torch.inf).amax(1) if c.shape[1] else -torch.inf
+        score = c if bias is None else c + bias / scale[:, None]
+        aux[0] = score.masked_fill(~rival, -torch.inf).amax(1) if c.shape[1] else -torch.inf
         if tau is not None:
             masked = rival & (c > tau[:, None])
             aux[1], aux[2] = masked.sum(1), (c * masked).sum(1)
