@@ -231,10 +231,10 @@ def check_scale(scale: RowParameter | str) -> None:
     """Raises for what can never be a scale; the values of tensors are not read."""
     if isinstance(scale, (Tensor, PerClass, PerSample)) or scale == "norm":
         return
-    if isinstance(scale, (str, bool)) or not isinstance(scale, Real):
+    if isinstance(scale, bool) or not isinstance(scale, (Real, str)):
         raise TypeError(f"scale = {scale!r}; expected a positive number, a tensor, or 'norm'")
-    if not 0 < scale < math.inf:  # not isfinite: under torch.compile this may be a symbol
-        raise ValueError(f"scale = {scale!r}; expected a positive finite number, as 64.0")
+    if isinstance(scale, str) or not 0 < scale < math.inf:  # not isfinite: under torch.compile this may be a symbol
+        raise ValueError(f"scale = {scale!r}; expected a positive finite number, a tensor, or 'norm'")
 
 
 def row_scale(scale: RowParameter | str, embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:

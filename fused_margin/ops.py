@@ -107,6 +107,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, g_red, g_cos_y, g_sum_u, *_):
+    if torch.is_grad_enabled():  # create_graph=True: what comes out would pass for a constant
+        raise RuntimeError("fused_margin has first derivatives only; for second ones write the loss in plain PyTorch")
     x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum = ctx.saved_tensors
     asked = ctx.needs_input_grad
     need = Need.X * asked[0] | Need.W * asked[1] | Need.SCALE * asked[3] | Need.BIAS * asked[5]
@@ -123,10 +125,3 @@ def _backward(ctx, g_red, g_cos_y, g_sum_u, *_):
 
 
 torch.library.register_autograd("fused_margin::sweep", _backward, setup_context=_setup_context)
-
-
-def _no_second_derivative(ctx, *_):
-    raise RuntimeError("fused_margin has first derivatives only; for second ones write the loss in plain PyTorch")
-
-
-torch.library.register_autograd("fused_margin::sweep_backward", _no_second_derivative)

@@ -222,12 +222,13 @@ def sweep(
         red = ((u.clamp_min(0) + torch.log1p(torch.exp(-u.abs()))) * found.rival).sum(1)
         a = torch.where(found.rival, 1 / (1 + torch.exp(-u)), 0.0)
     cos = found.c.detach()
+    score = cos if bias is None else cos + (bias / scale[:, None]).detach()  # what the logits without margin rank by
     masked = found.rival & (cos > tau[:, None]) if tau is not None else torch.zeros_like(found.rival)
     return Swept(
         red=red,
         cos_y=found.c_y,
         sum_u=torch.where(found.rival, u, 0.0).sum(1),
-        best=torch.where(found.rival, cos, -math.inf).amax(1),
+        best=torch.where(found.rival, score, -math.inf).amax(1),
         masked_count=masked.sum(1).to(cos.dtype),
         masked_sum=torch.where(masked, cos, 0.0).sum(1),
         mean_n=(a * torch.where(found.rival, n, 0.0)).sum(1).detach(),

@@ -5,6 +5,10 @@ hold 2 to 16 numbers and the tile unit takes 32 at once. One number beyond each 
 """
 
 import contextlib
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,7 +24,8 @@ from .test_primitive import ARGS, SMOOTH_RULES, Inputs, check
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-PATHS = ("portable", "avx2", "avx512")
+ROOT = Path(__file__).parent.parent
+PATHS = fm.backends.cpu.CAPABILITIES
 
 
 def around(*sizes: int) -> list[int]:
@@ -87,13 +92,13 @@ def test_dtypes(path, margin, mode):
     check_shape(64, 333, 50, mode, margin)
 
 
-RULES_BY_DTYPE = [(torch.float64, rule) for rule in ARGS] + [(torch.float32, rule) for rule in SMOOTH_RULES]
+RULES_BY_DTYPE = [("float64", rule) for rule in ARGS] + [("float32", rule) for rule in SMOOTH_RULES]
 
 
 @pytest.mark.parametrize("reduction", ["logsumexp", "softplus"])
 @pytest.mark.parametrize(("dtype", "rule"), RULES_BY_DTYPE)
 def test_rules(path, dtype, rule, reduction):
-    check(Inputs(37, 300, 40, rule, dtype=dtype), "cpu", reduction=reduction)
+    check(Inputs(37, 300, 40, rule, dtype=getattr(torch, dtype)), "cpu", reduction=reduction)
 
 
 @pytest.mark.parametrize("centers", [2, 3, 7, 130])
@@ -104,17 +109,32 @@ def test_sub_centers_across_tiles(path, centers):
     check(inputs, "cpu", {"sub_centers": centers}, sub_centers=centers)
 
 
-@pytest.mark.parametrize("path_by_environment", PATHS)
-def test_environment_chooses_the_path(path_by_environment, monkeypatch):
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("portable", "path: portable, float32: own loops, bfloat16: computed in float32 why not: []"),
+        ("sse9", "FUSED_MARGIN_CPU_CAPABILITY = 'sse9' is unknown, or this CPU lacks it; expected portable, avx2"),
+    ],
+    ids=["portable", "unknown"],
+)
+def test_environment_chooses_the_path(name, expected):
     require("cpu")
-    monkeypatch.setenv("FUSED_MARGIN_CPU_CAPABILITY", path_by_environment)
+    code = "import fused_margin as fm; print('path:', fm.backends.cpu.path(), 'why not:', fm.why_not('cpu'))"
+    env = os.environ | {"FUSED_MARGIN_CPU_CAPABILITY": name}
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert expected in run.stdout
+
+
+def test_blocks_that_force_a_path_nest():
+    require("cpu")
     cpu = fm.backends.cpu
-    try:
-        with cpu.capability(path_by_environment):
-            forced = cpu.path()
-    except ValueError as error:
-        pytest.skip(str(error))
-    assert path_by_environment in forced.lower().replace("-", "")
+    before = cpu.path()
+    with cpu.capability("portable"):
+        with contextlib.suppress(ValueError), cpu.capability("avx2"):
+            assert cpu.path().startswith("avx2")
+        assert cpu.path().startswith("portable")
+    assert cpu.path() == before
 
 
 def test_unknown_path():

@@ -42,14 +42,18 @@ BAD = {  # what is changed, the error, and what it must say: what was got, what 
         TypeError,
         ["a matrix [4, 5] of torch.float32", "class numbers [B]", "lam * loss(e, a) + (1 - lam) * loss(e, b)"],
     ),
-    "one-hot": ({"labels": torch.eye(5).long()[:4]}, ValueError, ["shape [4, 5]", "expected [4], one a row"]),
+    "one-hot": (
+        {"labels": torch.eye(5).long()[:4]},
+        ValueError,
+        ["shape [4, 5]", "expected [4], one a row", "labels.argmax(1)"],
+    ),
     "column": ({"labels": Y[:, None]}, ValueError, ["shape [4, 1]", "expected [4]", "labels.squeeze(1)"]),
     "few labels": ({"labels": Y[:3]}, ValueError, ["shape [3]", "expected [4]"]),
     "device of w": ({"weight": W.to("meta")}, ValueError, ["weight on meta", "embeddings on cpu", "weight.to("]),
     "device of labels": ({"labels": Y.to("meta")}, ValueError, ["labels on meta", "embeddings on cpu", "labels.to("]),
     "bias": ({"bias": torch.zeros(4)}, ValueError, ["bias is torch.float32 [4]", "expected floats [5], one a class"]),
     "int bias": ({"bias": torch.zeros(5).int()}, ValueError, ["bias is torch.int32", "expected floats [5]"]),
-    "scale 0": ({"scale": 0.0}, ValueError, ["scale = 0.0", "expected a positive finite number, as 64.0"]),
+    "scale 0": ({"scale": 0.0}, ValueError, ["scale = 0.0", "expected a positive finite number, a tensor, or 'norm'"]),
     "negative scale": ({"scale": -64}, ValueError, ["scale = -64", "expected a positive finite number"]),
     "nan scale": ({"scale": math.nan}, ValueError, ["scale = nan", "expected a positive finite number"]),
     "scale of no kind": (
@@ -261,6 +265,23 @@ def test_nan_stays_in_its_row(backend, margin, mode, value):
     torch.testing.assert_close(got["loss"][others], exact["loss"][others], rtol=0, atol=0)
     torch.testing.assert_close(got["d_x"][others], exact["d_x"][others], rtol=0, atol=0)
     assert got["d_w"].isnan().any(1).all()  # every class is a rival of that row, or its target
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("mode", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("margin", ["arcface_linear", "sv"])
+def test_ignored_rows_take_no_part(backend, margin, mode, value):
+    """Whatever an ignored row holds: its loss and gradient are 0, and the weights' gradient is that of the others."""
+    p = problem(MARGINS[margin], MODES[mode], 19, 140, 24, per="sample", bias=True)
+    p.labels[[4, 11]] = -100
+    expected = cases.run(p, backend)
+    p.tensors["x"] = p.tensors["x"].clone()
+    p.tensors["x"][4, 3] = p.tensors["x"][11] = value
+    got = cases.run(p, backend)
+    for name, t in got.items():
+        torch.testing.assert_close(t, expected[name], rtol=0, atol=0)
+    assert not got["loss"][[4, 11]].any()
+    assert not got["d_x"][[4, 11]].any()
 
 
 @pytest.mark.parametrize("open_classes", [7, 1], ids=["some", "all rivals"])

@@ -269,15 +269,6 @@ def test_backward_twice_through_one_graph(backend):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def test_second_derivatives_are_refused(backend):
-    """The sweep has first derivatives only; without an error, a gradient penalty would silently be 0."""
-    x, w, labels = inputs()
-    loss = margin_cross_entropy(x, w, labels, fm.CosFace(), backend=backend)
-    (d_w,) = torch.autograd.grad(loss, w, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(d_w.sum(), w)
-
-
 def test_default_backend():
     """The fused one where it can run; else the reference, with a warning that says why. Nothing falls back silently."""
     x, w, labels = inputs(dtype=torch.float32)

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,7 +39,9 @@ def test_slope_by_the_margin(name):
     params = {n: torch.full_like(COSINES, v).requires_grad_() for n, v in case.params.items()}
     wrapped = {n: fm.PerSample(p) for n, p in params.items()}
     labels = torch.zeros(len(COSINES), dtype=torch.long)
-    got = torch.autograd.grad(case.make(wrapped).at(labels, 7).transform(COSINES).sum(), list(params.values()))
+    got = torch.autograd.grad(
+        case.make(wrapped).at(labels, 7, torch.float64).transform(COSINES).sum(), list(params.values())
+    )
     expected = torch.autograd.grad(case.target(COSINES, params).sum(), list(params.values()))
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-11)
@@ -76,11 +79,15 @@ def test_psi_without_acos(m):
     torch.testing.assert_close(slope[-2:].abs(), torch.full_like(ENDS, m**2), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("m", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 7, 16, 17, 40])
 def test_psi_of_a_tensor_is_psi_of_the_number(m):
     m_tensor = torch.full_like(COSINES, m)
-    real = fm.SphereFace(fm.PerSample(m_tensor)).at(torch.zeros(len(COSINES), dtype=torch.long), 3).target(COSINES)
-    torch.testing.assert_close(fm.SphereFace(m).target(COSINES), real, rtol=0, atol=1e-12)
+    real = (
+        fm.SphereFace(fm.PerSample(m_tensor))
+        .at(torch.zeros(len(COSINES), dtype=torch.long), 3, torch.float64)
+        .target(COSINES)
+    )
+    torch.testing.assert_close(fm.SphereFace(m).target(COSINES), real, rtol=0, atol=1e-13 * m**2)
 
 
 @pytest.mark.parametrize("m", [2, 4, 1.5, 2.7])
@@ -214,7 +221,7 @@ def test_per_class(wrap):
     per_class = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([3, 0, 3, -100, 1])
     c = torch.linspace(-0.5, 0.5, 5, dtype=torch.float64)
-    t = fm.CosFace(wrap(per_class)).at(labels, 4).target(c)
+    t = fm.CosFace(wrap(per_class)).at(labels, 4, torch.float64).target(c)
     torch.testing.assert_close(t[[0, 1, 2, 4]], (c - per_class[labels.clamp(0)])[[0, 1, 2, 4]])
     t[[0, 1, 2, 4]].sum().backward()
     torch.testing.assert_close(per_class.grad, torch.tensor([-1.0, -1.0, 0.0, -2.0], dtype=torch.float64))
@@ -224,9 +231,11 @@ def test_per_sample_and_scalar_tensors():
     labels = torch.tensor([2, 0, 1])
     c = torch.tensor([0.1, 0.5, 0.9])
     for m in (torch.tensor([0.1, 0.2, 0.3]), fm.PerSample(torch.tensor([0.1, 0.2, 0.3]))):
-        torch.testing.assert_close(fm.CosFace(m).at(labels, 4).target(c), torch.tensor([0.0, 0.3, 0.6]))
-    torch.testing.assert_close(fm.CosFace(torch.tensor(0.2)).at(labels, 4).target(c), c - 0.2)
-    mixed = fm.CombinedMargin(1.3, torch.tensor([0.1, 0.2, 0.3]), torch.tensor(0.05)).at(labels, 4).target(c)
+        torch.testing.assert_close(fm.CosFace(m).at(labels, 4, torch.float32).target(c), torch.tensor([0.0, 0.3, 0.6]))
+    torch.testing.assert_close(fm.CosFace(torch.tensor(0.2)).at(labels, 4, torch.float32).target(c), c - 0.2)
+    mixed = (
+        fm.CombinedMargin(1.3, torch.tensor([0.1, 0.2, 0.3]), torch.tensor(0.05)).at(labels, 4, torch.float32).target(c)
+    )
     expected = oracle.combined(c.double(), 1.3, torch.tensor([0.1, 0.2, 0.3]).double(), 0.05, "continuous")
     torch.testing.assert_close(mixed.double(), expected, rtol=0, atol=1e-6)
 
@@ -234,10 +243,23 @@ def test_per_sample_and_scalar_tensors():
 def test_as_many_rows_as_classes_is_ambiguous():
     m, labels = torch.tensor([0.1, 0.2, 0.3]), torch.tensor([2, 0, 1])
     with pytest.raises(ValueError, match=r"3 values could be per class or per sample.*fm\.PerClass\(m\)"):
-        fm.CosFace(m).at(labels, 3)
+        fm.CosFace(m).at(labels, 3, m.dtype)
     c = torch.zeros(3)
-    torch.testing.assert_close(fm.CosFace(fm.PerClass(m)).at(labels, 3).target(c), -m[labels])
-    torch.testing.assert_close(fm.CosFace(fm.PerSample(m)).at(labels, 3).target(c), -m)
+    torch.testing.assert_close(fm.CosFace(fm.PerClass(m)).at(labels, 3, m.dtype).target(c), -m[labels])
+    torch.testing.assert_close(fm.CosFace(fm.PerSample(m)).at(labels, 3, m.dtype).target(c), -m)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_parameters_take_the_dtype_of_the_cosines(dtype):
+    """A 16-bit margin, of any kind, leaves the precision of the target's cosine alone; numpy's numbers are numbers."""
+    labels, c = torch.tensor([2, 0, 1]), torch.tensor([0.1, 0.5, 0.9], dtype=dtype)
+    m = torch.tensor([0.1, 0.2, 0.3, 0.4], dtype=torch.bfloat16)
+    for given, rows in ((fm.PerClass(m), m[labels]), (fm.PerSample(m[:3]), m[:3]), (m[1].clone(), m[1])):
+        t = fm.ArcFace(given).at(labels, 4, dtype).target(c)
+        assert t.dtype == dtype
+        expected = oracle.arcface(c.double(), rows.double())
+        torch.testing.assert_close(t.double(), expected, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(fm.CosFace(np.float32(0.25)).at(labels, 4, dtype).target(c), c - 0.25)
 
 
 def test_tensors_are_named_and_replaced():
@@ -270,6 +292,11 @@ BAD = {  # what is given, and what the message must name
     ),
     "linear with m1": (lambda: fm.CombinedMargin(1.2, 0.3, 0.2, "linear"), ValueError, "defined for m1 = 1"),
     "t below 1": (lambda: fm.SVSoftmax(0.9), ValueError, "t = 0.9"),
+    "learnable t": (
+        lambda: fm.SVSoftmax(torch.tensor(1.2, requires_grad=True)),
+        TypeError,
+        r"t asks for a gradient.*expected t\.detach\(\)",
+    ),
     "t of many": (lambda: fm.SVSoftmax(torch.tensor([1.1, 1.2])), TypeError, "t is one number"),
     "nested rule": (lambda: fm.SVSoftmax(1.2, fm.SVSoftmax(1.1)), TypeError, "has a rival rule of its own"),
 }

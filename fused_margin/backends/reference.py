@@ -148,21 +148,21 @@ def sweep_backward(
     g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, spec, need
 ) -> tuple[Tensor, ...]:
     w = w if index is None else w[index]  # the gradient asked for is that of the rows read
-    rows = {flag: t for flag, t in ((Need.X, x), (Need.W, w)) if need & flag}
-    parameters = {flag: t for flag, t in ((Need.SCALE, scale), (Need.BIAS, bias)) if need & flag}
-
-    def cosines(leaves):
-        return _cosines(leaves.get(Need.X, x), leaves.get(Need.W, w), labels, spec)
-
-    def logits(c, leaves):
-        return _logits(c, leaves.get(Need.SCALE, scale), leaves.get(Need.BIAS, bias), tau, rule_args, spec)[1]
-
-    with torch.autocast(x.device.type, enabled=False):  # two pullbacks, with the rounding of G between them
-        (_, c), pull_rows = torch.func.vjp(cosines, rows)
-        u, pull_logits = torch.func.vjp(logits, c, parameters)
+    asked = ((Need.X, x), (Need.W, w), (Need.SCALE, scale), (Need.BIAS, bias))
+    leaves = {flag: t.detach().requires_grad_() for flag, t in asked if need & flag}
+    x, w, scale, bias = (leaves.get(flag, t) for flag, t in asked)
+    rows, parameters = ([f for f in pair if f in leaves] for pair in ((Need.X, Need.W), (Need.SCALE, Need.BIAS)))
+    with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+        cos_y, c = _cosines(x, w, labels, spec)
+        c_leaf = c.detach().requires_grad_()  # two steps, with the rounding of G between them
+        u = _logits(c_leaf, scale, bias, tau, rule_args, spec)[1]
+    with torch.no_grad():
         rival = _rivals(c, labels, spec)
         a = _reduce(u, rival, spec.reduction)[1]  # d red / d u
-        g_c, found = pull_logits((g_red[:, None] * a + g_sum_u[:, None]).masked_fill(~rival, 0))
-        if rows:
-            found = found | pull_rows((g_cos_y, _round_slopes(g_c, spec.compute_dtype)))[0]
-    return tuple(found.get(flag, red.new_empty(0)) for flag in (Need.X, Need.W, Need.SCALE, Need.BIAS))
+        g_u = (g_red[:, None] * a + g_sum_u[:, None]).masked_fill(~rival, 0)
+    g_c, *found = torch.autograd.grad(u, [c_leaf, *(leaves[f] for f in parameters)], g_u)
+    if rows:
+        g_c = _round_slopes(g_c, spec.compute_dtype)
+        found = [*torch.autograd.grad((cos_y, c), [leaves[f] for f in rows], (g_cos_y, g_c)), *found]
+    grads = dict(zip([*rows, *parameters], found, strict=True))
+    return tuple(grads.get(flag, red.new_empty(0)) for flag, _ in asked)
