@@ -1,5 +1,5 @@
 # One command for each job; each brings .venv and the extension up to date first. Needs Python >= 3.10 and a C++ compiler.
-#   make test | demo [MARGIN='...'] | lint | format | mutants | build | clean      TORCH=torch==2.13.0  PYTHON=python3
+#   make test | demo [MARGIN='...'] | lint | format | bench | mutants | build | clean      TORCH=torch==2.13.0  PYTHON=python3
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
@@ -12,7 +12,7 @@ LIBRARY := fused_margin/_C.abi3.so
 STAMP := .venv/torch-$(firstword $(shell echo '$(TORCH)' | cksum))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-.PHONY: test demo lint format mutants build clean
+.PHONY: test demo lint format bench mutants build clean
 .DELETE_ON_ERROR:
 
 test: build
@@ -30,6 +30,9 @@ format: .venv/installed
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CSRC)
+
+bench: build
+	@$(BIN)/python -m bench.head
 
 mutants: build
 	@$(BIN)/python -m tests.mutants
