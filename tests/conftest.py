@@ -1,11 +1,22 @@
 """Fixtures of the suite: backends that are not there are skipped with their reason, threads are restored."""
 
+from enum import IntFlag
+
 import pytest
 import torch
 
 import fused_margin as fm
 
 from .cases import BACKENDS
+
+
+def pytest_make_parametrize_id(val):
+    """Names for what pytest would only number."""
+    if isinstance(val, torch.dtype):
+        return str(val).removeprefix("torch.")
+    if isinstance(val, fm.Margin):
+        return type(val).__name__
+    return val.name if isinstance(val, IntFlag) else None
 
 
 def require(backend: str) -> str:
