@@ -138,8 +138,8 @@ MUTANTS = [
         ("kernel_stride_of_labels", "y[i * labels.stride(0)]", "y[i]"),
         (
             "kernel_no_rival_guard",
-            "-std::numeric_limits<T>::infinity(), nothing);",
-            "-std::numeric_limits<T>::infinity(), T(0));",
+            "std::replace(red.begin(), red.end(), -std::numeric_limits<T>::infinity(), nothing);",
+            "",
         ),
         ("kernel_padding_rows_leak", "std::fill(red.begin() + p.batch, red.end(), nothing);", ""),
     ),
