@@ -22,7 +22,18 @@ from .mutant_table import MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
 # The quickest to fail first; compiling with inductor, other processes and the tests of this tool find nothing more.
-TESTS = ["margins", "primitive", "heads", "edges", "chunks", "invariants", "functional", "determinism", "parity"]
+TESTS = [
+    "margins",
+    "primitive",
+    "heads",
+    "edges",
+    "chunks",
+    "invariants",
+    "functional",
+    "promises",
+    "determinism",
+    "parity",
+]
 SELECTION = [*(f"tests/test_{name}.py" for name in TESTS), "-k", "not inductor"]
 IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", "*.egg-info")
 
