@@ -1,27 +1,29 @@
 // The backward of the sweep: the weights' gradient, each tile's rows finished by the task that owns them.
 // Included inside the namespace of an instruction set; never on its own.
 
-// G for the product with x_hat, as T or bf16: [rows of the tile, columns]
+// Sums over the rows of x, a vector of partial sums for each row of the tile.
 template <class T>
-struct Slopes {
-  T* wide;
-  uint16_t* narrow;
+struct TileSums {
+  Vec<T>* along;   // sum_i G_ij c_ij: what of dW points along w_hat
+  Vec<T>* d_bias;  // sum_i of the gradient of u_ij
 };
 
-// From cosines to G = (g_red A + g_sum) s N', rivals only, and the sums of the bias' gradient.
+// From cosines to G = (g_red A + g_sum) s N', rivals only: in the place of C, or as bf16 [rows of the tile, columns].
 template <RuleCode rule, bool extras, class T>
 void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t, const Cosines<T>& cos,
-                    const Slopes<T>& g, T* d_bias) {
+                    uint16_t* narrow, const TileSums<T>& sums) {
   constexpr int64_t lanes = kLanes<T>;
   const bool soft = p.reduction == Reduction::softplus;
   const Vec<T> zero{};
   for (int64_t i = 0; i < cos.columns; i += lanes) {
     const int64_t row = cos.first + i;
+    T* first = cos.c + cos.at(i, t.rows);
     const Vec<T> scale = load(p.scale + row), tau = load(p.tau + row), target = load(cos.place + i);
     const Vec<T> g_red = load(in.g_red + row), g_sum = load(in.g_sum_u + row), red = load(in.red + row);
     const Vec<T> red_low = load(in.red_low + row);
     for (int64_t j = 0; j < t.rows; j++) {
-      const Element<T> e = element(p, t, cos, j, i, target);
+      T* at = first + j * cos.width;
+      const Element<T> e = element(p, t, cos, at, j, target);
       const Rival<Vec<T>> n = rival<rule, Ops>(e.c, tau, p.args);
       const Vec<T> u = scale * n.value + t.bias[j];
       Vec<T> a, value;
@@ -30,34 +32,95 @@ void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>&
       else
         a = exponential(u - red - red_low);
       const Vec<T> g_u = select(e.excluded, zero, g_red * a + g_sum);
-      if constexpr (extras) d_bias[j] += lane_sum<T>(g_u);
+      if constexpr (extras) sums.d_bias[j] += g_u;
       const Vec<T> g_c = g_u * scale * (p.unit_slope ? zero + T(1) : n.slope);
+      sums.along[j] += g_c * e.c;
       if constexpr (sizeof(T) == 4) {
-        if (p.bf16) {
+        if (narrow) {
           const Half16 h = to_bf16(g_c);
-          __builtin_memcpy(g.narrow + j * cos.columns + i, &h, sizeof h);
+          __builtin_memcpy(narrow + j * cos.columns + i, &h, sizeof h);
           continue;
         }
       }
-      store(g.wide + j * cos.columns + i, g_c);
+      store(at, g_c);
     }
+  }
+}
+
+// dW of a tile's rows: of w_hat in `sum` until the last block of rows of x, then of w in `d_w` [rows, dim].
+template <class T>
+struct TileGradient {
+  T* sum;    // in panels, or for bf16 as d_w
+  T* d_w;    // as T
+  T* along;  // [rows] d w_hat . w_hat / |w|, 0 where the norm is a constant
+};
+
+// dW = (dW_hat - (dW_hat . w_hat) w_hat) / |w|
+template <class T>
+void undo_norm(const Tile<T>& t, int64_t dim, const TileGradient<T>& g) {
+  for (int64_t r = 0; r < t.rows; r++) {
+    const T *w = t.source[r], along = g.along[r], inv = t.inv[r];
+    T* d_w = g.d_w + r * dim;
+    for (int64_t d = 0; d < dim; d++) d_w[d] = (d_w[d] - along * w[d]) * inv;
   }
 }
 
 template <class T>
 void add_gradient(const Problem<T>& p, const TileProducts& products, const PackedRows<T>& x, const Tile<T>& t,
-                  const Cosines<T>& cos, const Slopes<T>& g, T* d_w) {
-  const bool add = cos.first > 0;
+                  const Cosines<T>& cos, const uint16_t* narrow, const TileGradient<T>& g) {
+  const bool last = cos.first + cos.columns == p.padded;
   if constexpr (sizeof(T) == 4) {
-    if (p.bf16)
-      return products.bf16(t.rows, p.dim, cos.columns, cos.columns, p.dim, p.dim, add, g.narrow,
-                           x.rows16.get() + cos.first * p.dim, d_w, true);
+    if (p.bf16) {
+      products.bf16(t.rows, p.dim, cos.columns, cos.columns, p.dim, p.dim, cos.first > 0, narrow,
+                    x.rows16.get() + cos.first * p.dim, g.d_w, true);
+      if (last) undo_norm(t, p.dim, g);
+      return;
+    }
   }
-  multiply(products, t.rows, p.dim, cos.columns, g.wide, cos.columns, p.x_hat + cos.first * p.dim, p.dim, d_w, p.dim,
-           add);
+  constexpr int64_t P = kPanel<T>, lanes = kLanes<T>;
+  for (int64_t d0 = 0; d0 < x.depth; d0 += P) {
+    const T* w = t.panels + d0 * t.rows;
+    T *sums = g.sum + d0 * t.rows, *d_w = g.d_w + d0;
+    for (int64_t k = 0; k < cos.columns; k += kProductDepth) {
+      const int64_t depth = std::min(kProductDepth, cos.columns - k);
+      const auto start = [&](int64_t m, int v) { return k + cos.first ? load(sums + m * P + v * lanes) : Vec<T>{}; };
+      const auto multiply = [&](const auto& finish) {
+        multiply_strip<Summed::columns>(t.rows, depth, cos.c + k * t.rows, t.rows * P,
+                                        x.rows.get() + d0 * p.padded + (cos.first + k) * P, start, finish);
+      };
+      if (!last || k + depth < cos.columns)
+        multiply([&](int64_t m, int v, Vec<T> sum) { store(sums + m * P + v * lanes, sum); });
+      else
+        multiply([&](int64_t m, int v, Vec<T> sum) {
+          const Vec<T> d = (sum - g.along[m] * load(w + m * P + v * lanes)) * t.inv[m];
+          T* out = d_w + m * p.dim + v * lanes;
+          const int64_t room = p.dim - d0 - v * lanes;
+          if (room >= lanes)
+            store(out, d);
+          else if (room > 0)
+            __builtin_memcpy(out, &d, size_t(room) * sizeof(T));
+        });
+    }
+  }
 }
 
-// The target's share, in full precision and in the order of the rows: dW_y += g_cos_y x_hat.
+template <class T>
+FM_INLINE T dot(const T* a, const T* b, int64_t dim) {
+  Vec<T> sums[2] = {};
+  int64_t d = 0;
+  for (; d + 2 * kLanes<T> <= dim; d += 2 * kLanes<T>)
+    for (int v = 0; v < 2; v++) sums[v] += load(a + d + v * kLanes<T>) * load(b + d + v * kLanes<T>);
+  T sum = lane_sum<T>(sums[0] + sums[1]);
+  for (; d < dim; d++) sum += a[d] * b[d];
+  return sum;
+}
+
+template <class T>
+bool has_slope(const Problem<T>& p, T inv) {  // a norm that is not taken, or clamped, is a constant
+  return p.normalize_w && inv < T(1 / kEps);
+}
+
+// The target's share, in full precision and in the order of the rows: dW_y += g_cos_y d cos_y / d w_y.
 template <class T>
 void add_targets(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t, T* d_w) {
   const int64_t first = t.first_class * p.sub_centers;
@@ -65,70 +128,52 @@ void add_targets(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t,
   const int64_t* it = std::lower_bound(in.by_target, end, first,
                                        [&](int64_t row, int64_t value) { return in.target_row[row] < value; });
   for (; it != end && in.target_row[*it] < first + t.rows; ++it) {
-    T* out = d_w + (in.target_row[*it] - first) * p.dim;
-    const T* x = p.x_hat + *it * p.dim;
-    for (int64_t d = 0; d < p.dim; d++) out[d] += in.g_cos_y[*it] * x[d];
+    const int64_t r = in.target_row[*it] - first;
+    const T *x = p.x_hat + *it * p.dim, *w = t.source[r], g = in.g_cos_y[*it] * t.inv[r];
+    const T along = has_slope(p, t.inv[r]) ? dot(x, w, p.dim) * t.inv[r] * t.inv[r] : T(0);
+    T* out = d_w + r * p.dim;
+    for (int64_t d = 0; d < p.dim; d++) out[d] += g * (x[d] - along * w[d]);
   }
 }
 
-// From the gradient of w_hat to that of w: what points along w drops out, the rest shrinks with the norm.
-template <class T>
-void undo_norm(const T* w, T inv, int64_t dim, T* d_w) {
-  constexpr int64_t lanes = kLanes<T>;
-  if (inv >= T(1 / kEps)) {  // a clamped norm is a constant
-    for (int64_t d = 0; d < dim; d++) d_w[d] *= inv;
-    return;
-  }
-  Vec<T> sums[2] = {};
-  int64_t d = 0;
-  for (; d + 2 * lanes <= dim; d += 2 * lanes)
-    for (int v = 0; v < 2; v++) sums[v] += load(w + d + v * lanes) * load(d_w + d + v * lanes);
-  T dot = lane_sum<T>(sums[0] + sums[1]);
-  for (; d < dim; d++) dot += w[d] * d_w[d];
-  const T along = dot * inv * inv;
-  for (d = 0; d < dim; d++) d_w[d] = (d_w[d] - along * w[d]) * inv;
-}
-
-// A few consecutive tiles, all rows.
+// One tile, all rows of x.
 template <RuleCode rule, bool extras, class T>
-void backward_task(const Problem<T>& p, const Partition& cut, int64_t group, const BackwardIn<T>& in,
+void backward_task(const Problem<T>& p, const Partition& cut, int64_t number, const BackwardIn<T>& in,
                    const BackwardOut<T>& out, const PackedRows<T>& x, const TileProducts& products) {
-  const int64_t tile_rows = cut.tile_classes * p.sub_centers;
   using S = Scratch;
-  S scratch(tile_room(p, tile_rows, x.depth) + 2 * S::room<T>(tile_rows * kRowBlock) + S::room<T>(kRowBlock) +
-            S::room<T>(tile_rows * p.dim) + S::room<T>(tile_rows));
-  Tile<T> tile = make_tile(p, tile_rows, x.depth, scratch);
-  Cosines<T> cos{scratch.take<T>(tile_rows * kRowBlock), nullptr, scratch.take<T>(kRowBlock), 0, 0};
-  T* g_memory = scratch.take<T>(tile_rows * kRowBlock);
-  const Slopes<T> g{g_memory, reinterpret_cast<uint16_t*>(g_memory)};
-  T *copy = scratch.take<T>(tile_rows * p.dim), *d_bias = scratch.take<T>(tile_rows);
+  const int64_t rows = cut.tile_rows, n = rows * std::min(cut.block, p.padded);
   const bool in_place = p.w.storage == (sizeof(T) == 8 ? Storage::f64 : Storage::f32);
+  S scratch(tile_room(p, rows, x.depth) + S::room<T>(n) + S::room<T>(cut.block) + S::room<uint16_t>(n) +
+            S::room<T>(rows) + 2 * S::room<Vec<T>>(rows) + S::room<T>(rows * x.depth) + S::room<T>(rows * p.dim));
+  Tile<T> tile = make_tile(p, rows, x.depth, scratch);
+  Cosines<T> cos{scratch.take<T>(n), nullptr, scratch.take<T>(cut.block), 0, 0, 0};
+  uint16_t* narrow = p.bf16 ? scratch.take<uint16_t>(n) : nullptr;
+  TileGradient<T> g{nullptr, nullptr, scratch.take<T>(rows)};
+  const TileSums<T> sums{scratch.take<Vec<T>>(rows), scratch.take<Vec<T>>(rows)};
+  g.sum = scratch.take<T>(rows * x.depth);
 
-  const int64_t end = std::min((group + 1) * kBackwardTileGroup, cut.tiles);
-  for (int64_t number = group * kBackwardTileGroup; number < end; number++) {
-    load_tile(p, number, cut.tile_classes, x.depth, false, tile);
-    const int64_t first = tile.first_class * p.sub_centers;
-    T* d_w = in_place ? static_cast<T*>(out.d_w) + first * p.dim : copy;
-    std::fill_n(d_bias, tile.rows, T(0));
-    for (int64_t block = 0; block * kRowBlock < p.padded; block++) {
-      compute_cosines(p, products, x, tile, block, cos);
-      weigh_backward<rule, extras>(p, in, tile, cos, g, d_bias);
-      if (out.d_w) add_gradient(p, products, x, tile, cos, g, d_w);
-    }
-    for (int64_t j = 0; j < tile.classes && out.d_bias; j++) {
-      T* b = d_bias + j * p.sub_centers;  // zero where a sub-centre is not the maximum
-      out.d_bias[tile.first_class + j] = std::accumulate(b, b + p.sub_centers, T(0));
-    }
-    if (!out.d_w) continue;
-    if (!p.padded) std::fill_n(d_w, tile.rows * p.dim, T(0));
-    add_targets(p, in, tile, d_w);
-    for (int64_t r = 0; r < tile.rows; r++) {
-      T* row = d_w + r * p.dim;
-      if (p.normalize_w) undo_norm(tile.w + r * tile.stride, tile.inv[r], p.dim, row);
-      if (!in_place) write_row(p.w.storage, row, p.dim, out.d_w, first + r);
-    }
+  load_tile(p, number, cut.tile_classes, x.depth, false, tile);
+  const int64_t first = tile.first_class * p.sub_centers;
+  g.d_w = in_place ? static_cast<T*>(out.d_w) + first * p.dim : scratch.take<T>(rows * p.dim);
+  std::fill_n(sums.along, tile.rows, Vec<T>{});
+  std::fill_n(sums.d_bias, tile.rows, Vec<T>{});
+  for (int64_t block = 0; block < p.padded; block += cut.block) {
+    compute_cosines(p, products, x, tile, block, cut.block, cos);
+    weigh_backward<rule, extras>(p, in, tile, cos, narrow, sums);
+    for (int64_t r = 0; r < tile.rows; r++)
+      g.along[r] = has_slope(p, tile.inv[r]) ? lane_sum<T>(sums.along[r]) * tile.inv[r] : T(0);
+    if (out.d_w) add_gradient(p, products, x, tile, cos, narrow, g);
   }
   if (p.bf16) products.release(true);
+  for (int64_t j = 0; j < tile.classes && out.d_bias; j++) {
+    T& sum = out.d_bias[tile.first_class + j] = 0;  // no gradient where a sub-centre is not the maximum
+    for (int64_t r = j * p.sub_centers; r < (j + 1) * p.sub_centers; r++) sum += lane_sum<T>(sums.d_bias[r]);
+  }
+  if (!out.d_w) return;
+  if (!p.padded) std::fill_n(g.d_w, tile.rows * p.dim, T(0));
+  add_targets(p, in, tile, g.d_w);
+  for (int64_t r = 0; r < tile.rows && !in_place; r++)
+    write_row(p.w.storage, g.d_w + r * p.dim, p.dim, out.d_w, first + r);
 }
 
 template <class T>
@@ -142,8 +187,8 @@ struct BackwardTask {
 template <class T>
 void backward(const Problem<T>& p, const BackwardIn<T>& in, const BackwardOut<T>& out, const TileProducts& products,
               const Parallel& parallel) {
-  const Partition cut = partition(p.padded, p.classes, p.sub_centers);
+  const Partition cut = partition(p, kBackwardBlocking);
   const PackedRows<T> x(p, true, parallel);
   const auto task = choose_rule<BackwardTask<T>>(p.rule, out.d_bias != nullptr);
-  parallel(div_up(cut.tiles, kBackwardTileGroup), [&](int64_t group) { task(p, cut, group, in, out, x, products); });
+  parallel(cut.tiles, [&](int64_t number) { task(p, cut, number, in, out, x, products); });
 }

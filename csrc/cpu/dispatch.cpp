@@ -1,8 +1,9 @@
-// Chooses the build of the sweep by the CPU's features, and looks up torch's tile products (at::native::cpublas::brgemm).
+// Chooses the build of the sweep by the CPU's features, and looks up torch's bfloat16 products of tiles
+// (at::native::cpublas::brgemm).
 //
 // brgemm is exported by libtorch_cpu but is not part of the stable ABI: it is looked up when first needed, tried on one
 // tile against a plain loop, and left alone if it is missing, throws or is wrong. A forced path other than the best
-// uses our own loops, so that each can be tested on one machine.
+// multiplies in float32, so that each can be tested on one machine.
 #include "dispatch.h"
 
 #include <dlfcn.h>
@@ -43,24 +44,25 @@ const Kernels* kernels(const char* name) {
 }
 
 // Whether a product gives the right numbers: 5 x 19 = 5 x 8 times 8 x 19, added to 1.
-template <class In, class Call>
-bool works(Call call, In (*put)(float), float (*get)(In), bool pairs) {
+bool works(TileProducts::Bf16 product) {
   constexpr int64_t M = 5, N = 19, K = 8;
-  std::vector<In> a(M * K), b(K * N);
+  const auto put = [](double v) { return storage::Bf16::put(float(v)).bits; };
+  const auto get = [](uint16_t v) { return double(storage::Bf16::get({v})); };
+  std::vector<uint16_t> a(M * K), b(K * N);
   std::vector<float> c(M * N, 1.f);
-  for (int64_t i = 0; i < M * K; i++) a[i] = put(std::sin(float(i)));
-  const auto at = [&](int64_t k, int64_t n) { return pairs ? (k / 2 * N + n) * 2 + k % 2 : k * N + n; };
+  for (int64_t i = 0; i < M * K; i++) a[i] = put(std::sin(i));
+  const auto at = [&](int64_t k, int64_t n) { return (k / 2 * N + n) * 2 + k % 2; };  // in pairs of rows
   for (int64_t k = 0; k < K; k++)
-    for (int64_t n = 0; n < N; n++) b[at(k, n)] = put(std::cos(float(k * N + n)));
+    for (int64_t n = 0; n < N; n++) b[at(k, n)] = put(std::cos(k * N + n));
   try {
-    call(M, N, K, K, N, N, true, a.data(), b.data(), c.data(), pairs);
+    product(M, N, K, K, N, N, true, a.data(), b.data(), c.data(), true);
   } catch (...) {
     return false;
   }
   for (int64_t m = 0; m < M; m++)
     for (int64_t n = 0; n < N; n++) {
       double expected = 1;
-      for (int64_t k = 0; k < K; k++) expected += double(get(a[m * K + k])) * get(b[at(k, n)]);
+      for (int64_t k = 0; k < K; k++) expected += get(a[m * K + k]) * get(b[at(k, n)]);
       if (!(std::fabs(expected - c[m * N + n]) < 1e-4)) return false;
     }
   return true;
@@ -71,14 +73,10 @@ TileProducts find_products() {
   void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
   if (!torch) return found;
   const auto symbol = [&](const char* name) { return dlsym(torch, name); };
-  const auto f32 = (TileProducts::F32)symbol("_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb");
   const auto bf16 = (TileProducts::Bf16)symbol("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb");
   found.release = (TileProducts::Release)symbol("_ZN2at6native7cpublas14brgemm_releaseEb");
   if (!found.release) return found;
-  if (f32 && works<float>(f32, [](float v) { return v; }, [](float v) { return v; }, false)) found.f32 = f32;
-  const auto put = [](float v) { return storage::Bf16::put(v).bits; };
-  const auto get = [](uint16_t v) { return storage::Bf16::get({v}); };
-  if (bf16 && works<uint16_t>(bf16, put, get, true)) found.bf16 = bf16;
+  if (bf16 && works(bf16)) found.bf16 = bf16;
   found.release(true);
   return found;
 }
@@ -131,9 +129,8 @@ __attribute__((visibility("default"))) const char* fm_cpu_error() {
 __attribute__((visibility("default"))) const char* fm_cpu_path() {
   static thread_local std::string text;
   const auto& path = fused_margin::cpu_path();
-  const auto by = [](bool torch) { return torch ? "torch's tile products (brgemm)" : "own loops"; };
-  text = std::string(path.name) + ", float32: " + by(path.products.f32) +
-         ", bfloat16: " + (path.products.bf16 ? by(true) : "computed in float32");
+  text = std::string(path.name) + ", float32: own loops, bfloat16: " +
+         (path.products.bf16 ? "torch's tile products (brgemm)" : "computed in float32");
   return text.c_str();
 }
 
@@ -145,5 +142,16 @@ __attribute__((visibility("default"))) bool fm_set_capability(const char* name) 
   } catch (const std::exception&) {
     return false;
   }
+}
+
+// The work of a benchmark: `repeats` products of 96 x 512 with 512 x 128 numbers in float32, on the calling thread, as
+// the sweep does them. Returns the floating-point operations of one.
+__attribute__((visibility("default"))) int64_t fm_multiply_tiles(int64_t repeats) {
+  constexpr int64_t M = 96, N = 128, K = 512;
+  const std::vector<float> a(M * K, 0.5f), b(K * N, 0.5f);
+  std::vector<float> c(M * N);
+  const auto multiply = fused_margin::cpu_path().kernels->multiply_f32;
+  for (int64_t i = 0; i < repeats; i++) multiply(M, N, K, a.data(), b.data(), c.data());
+  return 2 * M * N * K;
 }
 }

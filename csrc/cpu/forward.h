@@ -8,7 +8,7 @@ struct RowSums {
   double sum[kRowGroup], mean_v[kRowGroup], sum_v[kRowGroup], count[kRowGroup], masked[kRowGroup];
 };
 
-// A^T for the products with w, as T or bf16: [columns, stride]
+// A or N' for the products with w: as T it lies as C does (A in the place of C), as bf16 transposed [columns, stride].
 template <class T>
 struct Weighted {
   T* wide;
@@ -16,20 +16,22 @@ struct Weighted {
   int64_t stride;
 };
 
+// A square of lanes x lanes: rows of w from j0 on, columns from i on.
 template <class T>
-FM_INLINE void store_transposed(Vec<T> (&a)[kLanes<T>], const Weighted<T>& out, int64_t row, int64_t column) {
-  transpose(a);
-  for (int64_t l = 0; l < kLanes<T>; l++) {
-    const int64_t at = (row + l) * out.stride + column;
-    if constexpr (sizeof(T) == 4) {
-      if (out.narrow) {
+FM_INLINE void store_square(Vec<T> (&a)[kLanes<T>], const Cosines<T>& cos, int64_t rows, const Weighted<T>& out,
+                            int64_t i, int64_t j0) {
+  if constexpr (sizeof(T) == 4) {
+    if (out.narrow) {
+      transpose(a);
+      for (int64_t l = 0; l < kLanes<T>; l++) {
         const Half16 h = to_bf16(a[l]);
-        __builtin_memcpy(out.narrow + at, &h, sizeof h);
-        continue;
+        __builtin_memcpy(out.narrow + (i + l) * out.stride + j0, &h, sizeof h);
       }
+      return;
     }
-    store(out.wide + at, a[l]);
   }
+  T* to = out.wide + cos.at(i, rows) + j0 * cos.width;
+  for (int64_t l = 0; l < std::min(kLanes<T>, rows - j0); l++) store(to + l * cos.width, a[l]);
 }
 
 // Raises K to the whole number next to the largest logit (in powers of two) and says by which factor sums shrink.
@@ -51,7 +53,7 @@ bool raise_power(Vec<T> top, T* K, T* factor, double* sum, double* mean_v) {
   return changed;
 }
 
-// From cosines to A^T; true if a row of O has to shrink by `factor` first.
+// From cosines to A; true if a row of O has to shrink by `factor` first.
 template <RuleCode rule, bool extras, class T>
 bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, RowSums<T>& s, int64_t s_first,
                    const Weighted<T>& a_out, const Weighted<T>& slope_out) {
@@ -61,10 +63,11 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
   bool changed = false;
   for (int64_t i = 0; i < cos.columns; i += lanes) {
     const int64_t row = cos.first + i, r = s_first + i;
+    const T* first = cos.c + cos.at(i, t.rows);
     const Vec<T> scale = load(p.scale + row), tau = load(p.tau + row), target = load(cos.place + i);
     Vec<T> top = splat(-std::numeric_limits<T>::infinity()), best = top, count{}, masked{}, sum_v{};
     for (int64_t j = 0; j < t.rows; j++) {
-      const Element<T> e = element(p, t, cos, j, i, target);
+      const Element<T> e = element(p, t, cos, first + j * cos.width, j, target);
       const Vec<T> v = rival<rule, Ops>(e.c, tau, p.args).value, u = scale * v + t.bias[j];
       top = select(e.excluded, top, select(u > top, u, top));
       if constexpr (extras) {
@@ -86,7 +89,7 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
         const int64_t j = j0 + l;
         a_square[l] = slope_square[l] = zero;
         if (j >= t.rows) continue;
-        const Element<T> e = element(p, t, cos, j, i, target);
+        const Element<T> e = element(p, t, cos, first + j * cos.width, j, target);
         const Rival<Vec<T>> n = rival<rule, Ops>(e.c, tau, p.args);
         const Vec<T> u = scale * n.value + t.bias[j];
         Vec<T> a, red;
@@ -104,9 +107,9 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
         if constexpr (extras) slope_square[l] = select(e.excluded, zero, slope);
       }
       if (!(p.want & kDx)) continue;
-      store_transposed<T>(a_square, a_out, i, j0);
+      store_square<T>(a_square, cos, t.rows, a_out, i, j0);
       if constexpr (extras) {
-        if (p.want & kSum) store_transposed<T>(slope_square, slope_out, i, j0);
+        if (p.want & kSum) store_square<T>(slope_square, cos, t.rows, slope_out, i, j0);
       }
     }
     for (int64_t l = 0; l < lanes; l++) {
@@ -123,80 +126,98 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
   return changed;
 }
 
-// What a split leaves behind for its rows: states [kRowState, padded], then its share of o_red and o_sum [padded, dim].
+// A split's share of O: [padded, depth] in strips of `width` (bf16: [padded, dim] in rows), in memory of its own.
+template <class T>
+struct Share {
+  T* o;
+  int64_t padded, width, strips;
+  T* at(int64_t i, int64_t strip) const { return o + (strip * padded + i) * width; }
+};
+
+// What a split leaves behind for its rows: states [kRowState, padded], and its shares of o_red and o_sum.
 template <class T>
 struct Partial {
-  T *state, *o_red, *o_sum;
+  T* state;
+  Share<T> o_red, o_sum;
 };
 template <class T>
 Partial<T> partial_of(const Problem<T>& p, T* base, int64_t split) {
-  const int64_t shares = (p.want & kDx) ? ((p.want & kSum) ? 2 : 1) : 0;
-  T* state = base + split * p.padded * (kRowState + shares * p.dim);
+  const int64_t shares = (p.want & kDx) ? ((p.want & kSum) ? 2 : 1) : 0, room = round_up(p.dim, kPad);
+  T* state = base + split * p.padded * (kRowState + shares * room);
   T* o_red = state + kRowState * p.padded;
-  return {state, shares > 0 ? o_red : nullptr, shares > 1 ? o_red + p.padded * p.dim : nullptr};
+  const int64_t width = p.bf16 ? p.dim : kPanel<T>, strips = div_up(p.dim, width);
+  return {state,
+          {shares > 0 ? o_red : nullptr, p.padded, width, strips},
+          {shares > 1 ? o_red + p.padded * room : nullptr, p.padded, width, strips}};
 }
 
+// O += A^T w for one block; `add` is false where O holds nothing yet.
 template <class T>
-void add_share(const Problem<T>& p, const TileProducts& products, const Tile<T>& t, const Weighted<T>& a, int64_t rows,
-               T* out, bool add) {
+void add_share(const Problem<T>& p, const TileProducts& products, const Tile<T>& t, const Cosines<T>& cos,
+               const Weighted<T>& a, const Share<T>& share, bool add) {
   if constexpr (sizeof(T) == 4) {
     if (p.bf16)
-      return products.bf16(rows, p.dim, round_up(t.rows, 32), a.stride, p.dim, p.dim, add, a.narrow, t.pairs, out,
-                           true);
+      return products.bf16(cos.columns, p.dim, round_up(t.rows, 32), a.stride, p.dim, p.dim, add, a.narrow, t.pairs,
+                           share.at(cos.first, 0), true);
   }
-  multiply(products, rows, p.dim, t.rows, a.wide, a.stride, t.w, t.stride, out, p.dim, add);
+  constexpr int64_t P = kPanel<T>;
+  for (int64_t strip = 0; strip < share.strips; strip++)
+    for (int64_t i = 0; i < cos.columns; i += P) {
+      T* out = share.at(cos.first + i, strip);
+      const auto at = [&](int64_t m, int v) { return out + m * P + v * kLanes<T>; };
+      multiply_strip<Summed::rows>(
+          P, t.rows, a.wide + i * t.rows, 0, t.panels + strip * t.rows * P,
+          [&](int64_t m, int v) { return add ? load(at(m, v)) : Vec<T>{}; },
+          [&](int64_t m, int v, Vec<T> sum) { store(at(m, v), sum); });
+    }
 }
 
 template <class T>
-Weighted<T> make_weighted(const Problem<T>& p, int64_t tile_rows, Scratch& scratch) {
-  const int64_t stride = round_up(tile_rows, 32), n = kRowBlock * stride;
-  Weighted<T> a{nullptr, nullptr, stride};
-  if (p.bf16)
-    a.narrow = scratch.take<uint16_t>(n);
-  else
-    a.wide = scratch.take<T>(n);
-  return a;
+void scale_share(const Cosines<T>& cos, const T* factor, const Share<T>& share) {
+  for (int64_t i = 0; i < cos.columns; i++) {
+    if (factor[i] == 1) continue;
+    for (int64_t strip = 0; strip < share.strips; strip++) {
+      T* o = share.at(cos.first + i, strip);
+      for (int64_t d = 0; d < share.width; d++) o[d] *= factor[i];
+    }
+  }
 }
 
 // One group of rows with one range of tiles.
 template <RuleCode rule, bool extras, class T>
 void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int64_t split, const PackedRows<T>& x,
                   const TileProducts& products, const Partial<T>& out) {
-  const int64_t tile_rows = cut.tile_classes * p.sub_centers, stride = round_up(tile_rows, 32);
   using S = Scratch;
-  S scratch(tile_room(p, tile_rows, x.depth) + S::room<T>(tile_rows * kRowBlock) + S::room<T>(kRowBlock) +
-            2 * S::room<T>(kRowBlock * stride) + S::room<RowSums<T>>(1));
-  Tile<T> tile = make_tile(p, tile_rows, x.depth, scratch);
-  Cosines<T> cos{scratch.take<T>(tile_rows * kRowBlock), nullptr, scratch.take<T>(kRowBlock), 0, 0};
-  const Weighted<T> a = make_weighted(p, tile_rows, scratch), slope = make_weighted(p, tile_rows, scratch);
+  const int64_t stride = round_up(cut.tile_rows, 32), n = cut.block * cut.tile_rows, narrow = cut.block * stride;
+  S scratch(tile_room(p, cut.tile_rows, x.depth) + S::room<T>(n) + S::room<T>(cut.block) +
+            (p.bf16 ? 2 * S::room<uint16_t>(narrow) : S::room<T>(n)) + S::room<RowSums<T>>(1));
+  Tile<T> tile = make_tile(p, cut.tile_rows, x.depth, scratch);
+  Cosines<T> cos{scratch.take<T>(n), nullptr, scratch.take<T>(cut.block), 0, 0, 0};
+  Weighted<T> a{cos.c, nullptr, stride}, slope = a;
+  if (p.bf16) {  // columns beyond the tile's rows are read by the product
+    std::fill_n(a.narrow = scratch.take<uint16_t>(narrow), narrow, 0);
+    std::fill_n(slope.narrow = scratch.take<uint16_t>(narrow), narrow, 0);
+  } else {
+    slope.wide = scratch.take<T>(n);
+  }
   RowSums<T>& s = *new (scratch.take<RowSums<T>>(1)) RowSums<T>{};
   std::fill_n(s.K, kRowGroup, T(kNoPower));
   std::fill_n(s.best, kRowGroup, -std::numeric_limits<T>::infinity());
-  if (p.bf16) {  // columns beyond the tile's rows are read by the product
-    std::fill_n(a.narrow, kRowBlock * stride, 0);
-    std::fill_n(slope.narrow, kRowBlock * stride, 0);
-  }
 
   const int64_t begin = cut.tiles * split / cut.splits, end = cut.tiles * (split + 1) / cut.splits;
   const int64_t first = group * kRowGroup, last = std::min(first + kRowGroup, p.padded);
-  for (T* share : {out.o_red, out.o_sum})  // no class: nothing will be written
-    if (begin == end && share) std::fill(share + first * p.dim, share + last * p.dim, T(0));
+  for (const Share<T>& share : {out.o_red, out.o_sum})  // no class: nothing will be written
+    for (int64_t strip = 0; begin == end && share.o && strip < share.strips; strip++)
+      std::fill(share.at(first, strip), share.at(last, strip), T(0));
   for (int64_t number = begin; number < end; number++) {
     load_tile(p, number, cut.tile_classes, x.depth, p.want & kDx, tile);
-    for (int64_t block = first / kRowBlock; block * kRowBlock < last; block++) {
-      compute_cosines(p, products, x, tile, block, cos);
+    for (int64_t block = first; block < last; block += cut.block) {
+      compute_cosines(p, products, x, tile, block, std::min(cut.block, last - block), cos);
       const bool changed = weigh_forward<rule, extras>(p, tile, cos, s, cos.first - first, a, slope);
       if (!(p.want & kDx)) continue;
-      T* o_red = out.o_red + cos.first * p.dim;
-      if (changed && number > begin)
-        for (int64_t i = 0; i < cos.columns; i++) {
-          const T factor = s.factor[cos.first - first + i];
-          if (factor != 1)
-            for (int64_t d = 0; d < p.dim; d++) o_red[i * p.dim + d] *= factor;
-        }
-      add_share(p, products, tile, a, cos.columns, o_red, number > begin);
-      if (p.want & kSum)
-        add_share(p, products, tile, slope, cos.columns, out.o_sum + cos.first * p.dim, number > begin);
+      if (changed && number > begin) scale_share(cos, s.factor + cos.first - first, out.o_red);
+      add_share(p, products, tile, cos, a, out.o_red, number > begin);
+      if (p.want & kSum) add_share(p, products, tile, cos, slope, out.o_sum, number > begin);
     }
   }
   if (p.bf16) products.release(true);
@@ -208,12 +229,26 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
   }
 }
 
+// o [dim] of one row: the splits' shares, each times its factor, added in order.
+template <class T, class Of, class Factor>
+void merge_shares(const Problem<T>& p, int64_t splits, int64_t i, const Of& share_of, const Factor& factor, T* o) {
+  for (int64_t s = 0; s < splits; s++) {
+    const Share<T> share = share_of(s);
+    const T f = factor(s);
+    for (int64_t strip = 0; strip < share.strips; strip++) {
+      const T* in = share.at(i, strip);
+      T* out = o + strip * share.width;
+      const int64_t n = std::min(share.width, p.dim - strip * share.width);
+      for (int64_t d = 0; d < n; d++) out[d] = (s ? out[d] : T(0)) + f * in[d];
+    }
+  }
+}
+
 // Adds the splits of one row, in order.
 template <class T>
 void merge_row(const Problem<T>& p, int64_t splits, int64_t i, const ForwardOut<T>& out) {
-  const auto state = [&](int64_t split, int64_t k) {
-    return partial_of(p, out.partial, split).state[k * p.padded + i];
-  };
+  const auto partial = [&](int64_t split) { return partial_of(p, out.partial, split); };
+  const auto state = [&](int64_t split, int64_t k) { return partial(split).state[k * p.padded + i]; };
   const bool soft = p.reduction == Reduction::softplus;
   T K = T(kNoPower), best = -std::numeric_limits<T>::infinity();
   for (int64_t s = 0; s < splits; s++) {
@@ -238,17 +273,13 @@ void merge_row(const Problem<T>& p, int64_t splits, int64_t i, const ForwardOut<
   const T low = sum == 0 ? T(0) : T(red - out.red[i]);
   const T row[kAuxRows] = {best, T(count), T(masked), T(mean_v / whole), T(sum_v), low};
   for (int64_t k = 0; k < kAuxRows; k++) out.aux[k * p.batch + i] = row[k];
-  for (int64_t s = 0; s < splits && out.o_red; s++) {
-    const Partial<T> part = partial_of(p, out.partial, s);
-    const T f = T(factor(s) / whole);
-    T* o = out.o_red + i * p.dim;
-    const T* share = part.o_red + i * p.dim;
-    for (int64_t d = 0; d < p.dim; d++) o[d] = (s ? o[d] : T(0)) + f * share[d];
-    if (!out.o_sum) continue;
-    o = out.o_sum + i * p.dim;
-    share = part.o_sum + i * p.dim;
-    for (int64_t d = 0; d < p.dim; d++) o[d] = (s ? o[d] : T(0)) + share[d];
-  }
+  if (out.o_red)
+    merge_shares<T>(
+        p, splits, i, [&](int64_t s) { return partial(s).o_red; }, [&](int64_t s) { return T(factor(s) / whole); },
+        out.o_red + i * p.dim);
+  if (out.o_sum)
+    merge_shares<T>(
+        p, splits, i, [&](int64_t s) { return partial(s).o_sum; }, [](int64_t) { return T(1); }, out.o_sum + i * p.dim);
 }
 
 template <class T>
@@ -261,15 +292,14 @@ struct ForwardTask {
 
 template <class T>
 void forward(const Problem<T>& p, const ForwardOut<T>& out, const TileProducts& products, const Parallel& parallel) {
-  const Partition cut = partition(p.padded, p.classes, p.sub_centers);
+  const Partition cut = partition(p, kForwardBlocking);
   const PackedRows<T> x(p, false, parallel);
   const auto task = choose_rule<ForwardTask<T>>(p.rule, p.want & (kSum | kStats | kDscale));
   parallel(cut.groups * cut.splits, [&](int64_t n) {
     const int64_t split = n / cut.groups;
     task(p, cut, n % cut.groups, split, x, products, partial_of(p, out.partial, split));
   });
-  parallel(div_up(p.batch, kRowPad), [&](int64_t strip) {
-    for (int64_t i = strip * kRowPad; i < std::min((strip + 1) * kRowPad, p.batch); i++)
-      merge_row(p, cut.splits, i, out);
+  parallel(div_up(p.batch, kPad), [&](int64_t strip) {
+    for (int64_t i = strip * kPad; i < std::min((strip + 1) * kPad, p.batch); i++) merge_row(p, cut.splits, i, out);
   });
 }

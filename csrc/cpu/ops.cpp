@@ -118,7 +118,7 @@ struct Call {
     p.w = rows_of(w, index);
     p.batch = x.size(0);
     p.dim = x.size(1);
-    p.padded = round_up(p.batch, kRowPad);
+    p.padded = round_up(p.batch, kPad);
     const int64_t w_rows = index ? index->numel() : w.size(0);
     STD_TORCH_CHECK(w.size(1) == p.dim, "fused_margin: x has ", p.dim, " columns, w has ", w.size(1));
     STD_TORCH_CHECK(o.sub_centers >= 1 && w_rows % o.sub_centers == 0, "fused_margin: ", w_rows,
@@ -154,7 +154,7 @@ struct Call {
 
   template <class F>
   void by_strips(F f) const {
-    run_parallel(div_up(p.batch, kRowPad), [&](int64_t s) { f(s * kRowPad, std::min((s + 1) * kRowPad, p.batch)); });
+    run_parallel(div_up(p.batch, kPad), [&](int64_t s) { f(s * kPad, std::min((s + 1) * kPad, p.batch)); });
   }
 
  private:

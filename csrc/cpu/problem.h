@@ -18,14 +18,11 @@ namespace fused_margin {
 enum Want { kDx = 1, kSum = 2, kStats = 4, kDscale = 8 };  // as in fused_margin/spec.py
 enum Need { kX = 1, kW = 2, kScale = 4, kBias = 8 };
 
-constexpr int64_t kRuleArgs = 2;           // at most
-constexpr int64_t kRowPad = 16;            // rows are padded to a multiple of this
-constexpr int64_t kRowBlock = 128;         // rows whose cosines with one class tile exist at one time
-constexpr int64_t kRowGroup = 256;         // rows that one task of the forward carries through its classes
-constexpr int64_t kTileRows = 128;         // rows of w that make one tile
-constexpr int64_t kForwardTasks = 32;      // at most; a fixed number, so that sums do not depend on the thread count
-constexpr int64_t kTilesPerTask = 4;       // at least, in the forward
-constexpr int64_t kBackwardTileGroup = 4;  // tiles per task in the backward
+constexpr int64_t kRuleArgs = 2;       // at most
+constexpr int64_t kPad = 32;           // rows, and the dimension inside the sweep, are padded to a multiple of this
+constexpr int64_t kRowGroup = 512;     // rows that one task of the forward carries through its classes
+constexpr int64_t kForwardTasks = 32;  // at most; a fixed number, so that sums do not depend on the thread count
+constexpr int64_t kTilesPerTask = 2;   // at least, in the forward
 
 constexpr int64_t kElsewhere = -1;  // the row's target is no class of this shard
 constexpr int64_t kIgnored = -2;    // the row takes no part: its embedding counts as 0, even if it holds NaN
@@ -84,18 +81,30 @@ struct BackwardOut {
 // Runs task 0 .. tasks - 1, in any order and on any thread.
 using Parallel = std::function<void(int64_t tasks, const std::function<void(int64_t)>& task)>;
 
-// How the forward is cut into tasks: groups of rows x ranges of class tiles.
-struct Partition {
-  int64_t tile_classes, tiles, groups, splits;
+// What exists at one time: a tile of rows of w, and its cosines with a block of rows of x. Both stay in a core's L2
+// cache beside what streams by. The backward has no sums over classes to carry, so that its tiles may be lower and its
+// blocks longer: up to 512 rows, a row of dW is finished in registers.
+struct Blocking {
+  int64_t tile_rows, block;
 };
-inline Partition partition(int64_t padded, int64_t classes, int64_t sub_centers) {
-  Partition p;
-  p.tile_classes = kTileRows / sub_centers > 1 ? kTileRows / sub_centers : 1;
-  p.tiles = div_up(classes, p.tile_classes);
-  p.groups = div_up(padded, kRowGroup);
-  const int64_t most = kForwardTasks / std::max<int64_t>(p.groups, 1);
-  p.splits = std::max<int64_t>(1, std::min(most, div_up(p.tiles, kTilesPerTask)));
-  return p;
+constexpr Blocking kForwardBlocking{96, 128}, kBackwardBlocking{48, 512}, kBf16Blocking{128, 128};
+
+// How a sweep is cut: tiles of classes, and in the forward groups of rows x ranges of tiles, each a task.
+struct Partition {
+  int64_t tile_classes, tile_rows, block, tiles, groups, splits;
+};
+template <class T>
+Partition partition(const Problem<T>& p, const Blocking& own) {
+  const Blocking& b = p.bf16 ? kBf16Blocking : own;
+  Partition cut;
+  cut.tile_classes = std::max<int64_t>(1, b.tile_rows / p.sub_centers);
+  cut.tile_rows = cut.tile_classes * p.sub_centers;
+  cut.block = b.block;
+  cut.tiles = div_up(p.classes, cut.tile_classes);
+  cut.groups = div_up(p.padded, kRowGroup);
+  const int64_t most = kForwardTasks / std::max<int64_t>(cut.groups, 1);
+  cut.splits = std::max<int64_t>(1, std::min(most, div_up(cut.tiles, kTilesPerTask)));
+  return cut;
 }
 
 // Partial sums of one row in one split: K (the power of two taken out), sum, best, count, masked sum, mean v, sum v.
@@ -105,19 +114,15 @@ constexpr int64_t kAuxRows = 6;
 // Elements of ForwardOut::partial: for each split and row, its state and its share of o_red and o_sum.
 template <class T>
 int64_t forward_workspace(const Problem<T>& p) {
-  const Partition cut = partition(p.padded, p.classes, p.sub_centers);
   const int64_t outputs = (p.want & kDx) ? ((p.want & kSum) ? 2 : 1) : 0;
-  return cut.splits * p.padded * (kRowState + outputs * p.dim);
+  return partition(p, kForwardBlocking).splits * p.padded * (kRowState + outputs * round_up(p.dim, kPad));
 }
 
-// The products that torch's library computes on a tile; null where it has none, then our own loops do.
+// The bfloat16 products that torch's library computes on a tile; null where it has none.
 struct TileProducts {
-  using F32 = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const float*, const float*, float*,
-                       bool);
   using Bf16 = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const uint16_t*, const uint16_t*,
                         float*, bool);
   using Release = void (*)(bool);
-  F32 f32 = nullptr;
   Bf16 bf16 = nullptr;
   Release release = nullptr;  // gives the tile unit back; each thread that used bf16 calls it
 };
@@ -130,6 +135,7 @@ struct Kernels {
                        const Parallel&);
   void (*backward_f64)(const Problem<double>&, const BackwardIn<double>&, const BackwardOut<double>&,
                        const TileProducts&, const Parallel&);
+  void (*multiply_f32)(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c);  // all in panels
 };
 
 const Kernels& kernels_portable();

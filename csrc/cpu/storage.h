@@ -89,6 +89,15 @@ inline void read_row(const Weights& w, int64_t r, int64_t dim, T* out) {
   });
 }
 
+// The same, where it lies if it is contiguous and of type T, else through `copy` [dim].
+template <class T>
+inline const T* row_of(const Weights& w, int64_t r, int64_t dim, T* copy) {
+  if (w.storage == (sizeof(T) == 8 ? Storage::f64 : Storage::f32) && w.col_stride == 1)
+    return static_cast<const T*>(w.data) + (w.index ? w.index[r] : r) * w.row_stride;
+  read_row(w, r, dim, copy);
+  return copy;
+}
+
 template <class T>
 inline void write_row(Storage s, const T* in, int64_t dim, void* base, int64_t row) {
   storage::visit(s, [&](auto type) {

@@ -1,9 +1,11 @@
-// The sweep over the class weights, once for every instruction set. A tile is up to 128 rows of w; with it, for each
-// block of 128 rows of x:
+// The sweep over the class weights, once for every instruction set. With each tile of rows of w, for each block of rows
+// of x (Blocking):
 //
 //   cosines  C = w x_hat^T            [tile, rows]    norms of w from the same rows, applied to C
 //   forward  A = exp(u - K ln 2) N'   O += A^T w      online softmax; K is whole, so rescaling rounds nothing
-//   backward G = (g_red A + g_sum) s N'   dW = G x_hat, then the target's share and the Jacobian of the norm
+//   backward G = (g_red A + g_sum) s N'   dW = G x_hat, with the Jacobian of the norm, then the target's share
+//
+// Operands and C lie in panels (product.h); for bfloat16 operands, which torch's library multiplies, in rows.
 //
 // Included inside the namespace of an instruction set; never on its own.
 
@@ -47,37 +49,45 @@ class Scratch {
 // x_hat in the layouts that the products read; made once a call.
 template <class T>
 struct PackedRows {
-  std::unique_ptr<T[]> columns;           // blocks of rows, each [dim, rows of the block]
-  std::unique_ptr<uint16_t[]> columns16;  // the same in bf16, dim in pairs: [depth / 2, rows, 2]
+  std::unique_ptr<T[]> columns;           // x_hat^T in panels: [padded / kPanel, depth, kPanel]
+  std::unique_ptr<T[]> rows;              // x_hat in panels: [depth / kPanel, padded, kPanel]
+  std::unique_ptr<uint16_t[]> columns16;  // in bf16, blocks of rows, dim in pairs: each [depth / 2, rows, 2]
   std::unique_ptr<uint16_t[]> rows16;     // [padded / 2, dim, 2]
-  int64_t depth;                          // dim, in bf16 rounded up to what the tile unit takes at once
+  int64_t depth;                          // dim, rounded up to what the products take at once
 
   PackedRows(const Problem<T>& p, bool backward, const Parallel& parallel)
-      : depth(p.bf16 ? round_up(p.dim, 32) : p.dim) {
+      : depth(round_up(p.dim, p.bf16 ? 32 : kPanel<T>)) {
     if (p.bf16) {
       columns16.reset(new uint16_t[p.padded * depth]);
       if (backward) rows16.reset(new uint16_t[p.padded * p.dim]);
     } else {
-      columns.reset(new T[p.padded * p.dim]);
+      columns.reset(new T[p.padded * depth]);
+      if (backward) rows.reset(new T[p.padded * depth]);
     }
-    parallel(p.padded / kRowPad, [&](int64_t strip) {
-      for (int64_t i = strip * kRowPad; i < (strip + 1) * kRowPad; i++) pack(p, i);
+    parallel(p.padded / kPad, [&](int64_t strip) {
+      for (int64_t i = strip * kPad; i < (strip + 1) * kPad && p.bf16; i++) pack16(p, i);
+      for (int64_t i = strip * kPad; i < (strip + 1) * kPad && !p.bf16; i += kPanel<T>) pack(p, i);
     });
   }
 
  private:
-  void pack(const Problem<T>& p, int64_t i) {
-    const int64_t block = i / kRowBlock * kRowBlock, rows = std::min(kRowBlock, p.padded - block), r = i - block;
+  void pack(const Problem<T>& p, int64_t first) {
+    constexpr int64_t P = kPanel<T>;
+    const T* x = p.x_hat + first * p.dim;
+    T* out = columns.get() + first * depth;
+    for (int64_t d = 0; d < depth; d++)
+      for (int64_t i = 0; i < P; i++) out[d * P + i] = d < p.dim ? x[i * p.dim + d] : T(0);
+    for (int64_t i = 0; i < P && rows; i++) pack_row(x + i * p.dim, p.dim, p.padded, rows.get() + (first + i) * P);
+  }
+
+  void pack16(const Problem<T>& p, int64_t i) {
+    const int64_t most = kBf16Blocking.block, block = i / most * most;
+    const int64_t n = std::min(most, p.padded - block), r = i - block;
     const T* x = p.x_hat + i * p.dim;
-    if (!p.bf16) {
-      T* out = columns.get() + block * p.dim;
-      for (int64_t d = 0; d < p.dim; d++) out[d * rows + r] = x[d];
-      return;
-    }
     uint16_t* out = columns16.get() + block * depth;
     for (int64_t d = 0; d < depth; d++) {
       const uint16_t value = d < p.dim ? storage::Bf16::put(float(x[d])).bits : 0;
-      out[(d / 2 * rows + r) * 2 + d % 2] = value;
+      out[(d / 2 * n + r) * 2 + d % 2] = value;
       if (rows16 && d < p.dim) rows16[(i / 2 * p.dim + d) * 2 + i % 2] = value;
     }
   }
@@ -87,28 +97,31 @@ struct PackedRows {
 template <class T>
 struct Tile {
   int64_t first_class, classes, rows;
-  const T* w;  // [rows, stride]
-  int64_t stride;
-  T *copy, *inv, *ones;   // w where it cannot be read in place; 1 / max(|w_r|, eps), or 1; [rows] 1
+  const T** source;       // [rows] the rows of w as T
+  T* copy;                // [rows, dim] for those that cannot be read in place
+  T *inv, *ones;          // [rows] 1 / max(|w_r|, eps), or 1; 1
   T *label, *bias;        // [rows] the row's class, counted from first_class; its bias, or 0
+  T* panels;              // w in panels [depth / kPanel, rows, kPanel]
   uint16_t *w16, *pairs;  // bf16: [rows, depth], and in pairs of rows [rows / 2, dim, 2] for the product with A^T
 };
 
 template <class T>
 int64_t tile_room(const Problem<T>& p, int64_t rows, int64_t depth) {
   using S = Scratch;
-  return S::room<T>(rows * p.dim) + 4 * S::room<T>(rows) +
-         2 * S::room<uint16_t>(p.bf16 ? round_up(rows, 32) * depth : 0);
+  return S::room<const T*>(rows) + S::room<T>(rows * p.dim) + 4 * S::room<T>(rows) +
+         S::room<T>(p.bf16 ? 0 : rows * depth) + 2 * S::room<uint16_t>(p.bf16 ? round_up(rows, 32) * depth : 0);
 }
 
 template <class T>
 Tile<T> make_tile(const Problem<T>& p, int64_t rows, int64_t depth, Scratch& scratch) {
   Tile<T> t{};
+  t.source = scratch.take<const T*>(rows);
   t.copy = scratch.take<T>(rows * p.dim);
   t.inv = scratch.take<T>(rows);
   t.ones = scratch.take<T>(rows);
   t.label = scratch.take<T>(rows);
   t.bias = scratch.take<T>(rows);
+  t.panels = scratch.take<T>(p.bf16 ? 0 : rows * depth);
   t.w16 = scratch.take<uint16_t>(p.bf16 ? round_up(rows, 32) * depth : 0);
   t.pairs = scratch.take<uint16_t>(p.bf16 ? round_up(rows, 32) * depth : 0);
   return t;
@@ -152,32 +165,11 @@ inline void convert_pair(const float* a, const float* b, int64_t dim, uint16_t* 
 }
 
 template <class T>
-void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, int64_t depth, bool pairs, Tile<T>& t) {
-  t.first_class = number * tile_classes;
-  t.classes = std::min(tile_classes, p.classes - t.first_class);
-  t.rows = t.classes * p.sub_centers;
-  const int64_t first = t.first_class * p.sub_centers;
-  const bool same = p.w.storage == (sizeof(T) == 8 ? Storage::f64 : Storage::f32);
-  if (same && !p.w.index && p.w.col_stride == 1 && p.w.row_stride >= p.dim) {
-    t.w = static_cast<const T*>(p.w.data) + first * p.w.row_stride;
-    t.stride = p.w.row_stride;
-  } else {
-    for (int64_t r = 0; r < t.rows; r++) read_row(p.w, first + r, p.dim, t.copy + r * p.dim);
-    t.w = t.copy;
-    t.stride = p.dim;
-  }
-  for (int64_t r = 0; r < t.rows; r++) {
-    t.inv[r] = p.normalize_w ? inverse_norm(t.w + r * t.stride, p.dim) : T(1);
-    t.ones[r] = 1;
-    t.label[r] = T(r / p.sub_centers);
-    t.bias[r] = p.bias ? p.bias[t.first_class + r / p.sub_centers] : T(0);
-  }
+void convert_tile(const Problem<T>& p, int64_t depth, bool pairs, Tile<T>& t) {
   if constexpr (sizeof(T) == 4) {
-    if (!p.bf16) return;
     for (int64_t r = 0; r < t.rows; r += 2) {
-      const bool last = r + 1 == t.rows;
       uint16_t *a16 = t.w16 + r * depth, *b16 = a16 + depth;
-      convert_pair(t.w + r * t.stride, t.w + (last ? r : r + 1) * t.stride, p.dim, a16, b16,
+      convert_pair(t.source[r], t.source[std::min(r + 1, t.rows - 1)], p.dim, a16, b16,
                    pairs ? t.pairs + r * p.dim : nullptr);
       std::fill(a16 + p.dim, b16, 0);
       std::fill(b16 + p.dim, b16 + depth, 0);
@@ -187,21 +179,32 @@ void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, int64_
 }
 
 template <class T>
-void multiply(const TileProducts& products, int64_t M, int64_t N, int64_t K, const T* a, int64_t lda, const T* b,
-              int64_t ldb, T* c, int64_t ldc, bool add) {
-  if constexpr (sizeof(T) == 4) {
-    if (products.f32) return products.f32(M, N, K, lda, ldb, ldc, add, a, b, c, false);
+void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, int64_t depth, bool pairs, Tile<T>& t) {
+  t.first_class = number * tile_classes;
+  t.classes = std::min(tile_classes, p.classes - t.first_class);
+  t.rows = t.classes * p.sub_centers;
+  for (int64_t r = 0; r < t.rows; r++) {
+    t.source[r] = row_of(p.w, t.first_class * p.sub_centers + r, p.dim, t.copy + r * p.dim);
+    t.inv[r] = p.normalize_w ? inverse_norm(t.source[r], p.dim) : T(1);
+    t.ones[r] = 1;
+    t.label[r] = T(r / p.sub_centers);
+    t.bias[r] = p.bias ? p.bias[t.first_class + r / p.sub_centers] : T(0);
+    if (!p.bf16) pack_row(t.source[r], p.dim, t.rows, t.panels + r * kPanel<T>);
   }
-  product(M, N, K, a, lda, b, ldb, c, ldc, add);
+  if (p.bf16) convert_tile(p, depth, pairs, t);
 }
 
 // The cosines of one tile with one block of rows of x.
 template <class T>
 struct Cosines {
-  T* c;                    // [rows of the tile, columns], still to be multiplied with `factor` of its row
-  const T* factor;         // [rows of the tile]
-  T* place;                // [columns] the row's target as a class of this tile, -1 if it is elsewhere
+  T* c;             // [rows of the tile, columns] in strips of `width`, to be multiplied with `factor` of the row
+  const T* factor;  // [rows of the tile]
+  T* place;         // [columns] the row's target as a class of this tile, -1 if it is elsewhere
   int64_t columns, first;  // rows of x in this block; the first one
+  int64_t width;           // kPanel, or for bf16 all columns
+
+  // Column i of the tile's first row; from a row to the next it is `width`.
+  int64_t at(int64_t i, int64_t rows) const { return i / width * width * rows + i % width; }
 };
 
 // Stands for the cosine of a sub-centre that is not the maximum of its class: it takes part in nothing.
@@ -209,29 +212,12 @@ template <class T>
 constexpr T kLoser = T(1e30);
 
 template <class T>
-void compute_cosines(const Problem<T>& p, const TileProducts& products, const PackedRows<T>& x, const Tile<T>& t,
-                     int64_t block, Cosines<T>& out) {
-  out.first = block * kRowBlock;
-  const int64_t n = out.columns = std::min(kRowBlock, p.padded - out.first);
-  if constexpr (sizeof(T) == 4) {
-    if (p.bf16)
-      products.bf16(t.rows, n, x.depth, x.depth, n, n, false, t.w16, x.columns16.get() + out.first * x.depth, out.c,
-                    true);
-  }
-  if (!p.bf16)
-    multiply(products, t.rows, n, p.dim, t.w, t.stride, x.columns.get() + out.first * p.dim, n, out.c, n, false);
-  for (int64_t i = 0; i < n; i++) {
-    const int64_t target = p.target[out.first + i], j = target - t.first_class;
-    out.place[i] = target >= 0 && j >= 0 && j < t.classes ? T(j) : T(-1);
-  }
-  out.factor = t.inv;
-  if (p.sub_centers == 1) return;
-  out.factor = t.ones;
+void keep_best_centers(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos) {
   for (int64_t j = 0; j < t.classes; j++)
-    for (int64_t i = 0; i < n; i++) {
-      T* best = nullptr;
+    for (int64_t i = 0; i < cos.columns; i++) {
+      T *best = nullptr, *first = cos.c + cos.at(i, t.rows);
       for (int64_t r = j * p.sub_centers; r < (j + 1) * p.sub_centers; r++) {
-        T* c = out.c + r * n + i;
+        T* c = first + r * cos.width;
         *c *= t.inv[r];
         if (best && !(*c > *best)) {
           *c = kLoser<T>;
@@ -243,6 +229,25 @@ void compute_cosines(const Problem<T>& p, const TileProducts& products, const Pa
     }
 }
 
+template <class T>
+void compute_cosines(const Problem<T>& p, const TileProducts& products, const PackedRows<T>& x, const Tile<T>& t,
+                     int64_t first, int64_t block, Cosines<T>& out) {
+  out.first = first;
+  const int64_t n = out.columns = std::min(block, p.padded - first);
+  out.width = p.bf16 ? n : kPanel<T>;
+  if constexpr (sizeof(T) == 4) {
+    if (p.bf16)
+      products.bf16(t.rows, n, x.depth, x.depth, n, n, false, t.w16, x.columns16.get() + first * x.depth, out.c, true);
+  }
+  if (!p.bf16) multiply_panels(t.rows, n, x.depth, t.panels, x.columns.get() + first * x.depth, out.c);
+  for (int64_t i = 0; i < n; i++) {
+    const int64_t target = p.target[first + i], j = target - t.first_class;
+    out.place[i] = target >= 0 && j >= 0 && j < t.classes ? T(j) : T(-1);
+  }
+  out.factor = p.sub_centers == 1 ? t.inv : t.ones;
+  if (p.sub_centers > 1) keep_best_centers(p, t, out);
+}
+
 // The cosine of one row of w with a vector of rows of x, and whether it counts: neither target nor a lesser sub-centre.
 template <class T>
 struct Element {
@@ -251,9 +256,9 @@ struct Element {
 };
 
 template <class T>
-FM_INLINE Element<T> element(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, int64_t r, int64_t i,
+FM_INLINE Element<T> element(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, const T* at, int64_t r,
                              Vec<T> target) {
-  Vec<T> c = load(cos.c + r * cos.columns + i);
+  Vec<T> c = load(at);
   auto excluded = target == splat(t.label[r]);
   if (p.sub_centers > 1) {
     const auto loser = c == splat(kLoser<T>);

@@ -5,7 +5,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 #define FM_ISA avx512
 #define FM_VECTOR_BYTES 64
-#define FM_PRODUCT_ROWS 8
-#define FM_PRODUCT_VECTORS 3
+#define FM_PRODUCT_ROWS 12
+#define FM_PRODUCT_VECTORS 2
 #include "sweep_build.h"
 #endif

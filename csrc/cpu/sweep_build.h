@@ -18,7 +18,7 @@ namespace FM_ISA {
 
 const Kernels& FM_JOIN(kernels_, FM_ISA)() {
   static const Kernels kernels{&FM_ISA::forward<float>, &FM_ISA::forward<double>, &FM_ISA::backward<float>,
-                               &FM_ISA::backward<double>};
+                               &FM_ISA::backward<double>, &FM_ISA::multiply_panels<float>};
   return kernels;
 }
 

@@ -25,6 +25,7 @@ template <class T>
 constexpr int64_t kLanes = FM_VECTOR_BYTES / sizeof(T);
 
 #define FM_INLINE inline __attribute__((always_inline))
+#define FM_UNROLL _Pragma("GCC unroll 64")
 
 template <class T>
 FM_INLINE Vec<T> load(const T* p) {

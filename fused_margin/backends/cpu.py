@@ -44,6 +44,7 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the C++ extension does not load: {error}"
     library.fm_cpu_error.restype = library.fm_cpu_path.restype = ctypes.c_char_p
     library.fm_set_capability.argtypes = [ctypes.c_char_p]
+    library.fm_multiply_tiles.argtypes, library.fm_multiply_tiles.restype = [ctypes.c_int64], ctypes.c_int64
     return library, library.fm_cpu_error().decode()
 
 
@@ -65,6 +66,11 @@ def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
 def path() -> str:
     """The path in use, for people: instruction set, and what computes the products."""
     return _reason or _C.fm_cpu_path().decode()
+
+
+def multiply_tiles(repeats: int) -> int:
+    """For benchmarks: float32 products of one tile's size on the calling thread; the operations of one."""
+    return _C.fm_multiply_tiles(repeats)
 
 
 _forced: list[str] = []  # what the `capability` blocks that are open have asked for
