@@ -67,7 +67,7 @@ void undo_norm(const Tile<T>& t, int64_t dim, const TileGradient<T>& g) {
 
 template <class T>
 void add_gradient(const Problem<T>& p, const TileProducts& products, const PackedRows<T>& x, const Tile<T>& t,
-                  const Cosines<T>& cos, const uint16_t* narrow, const TileGradient<T>& g) {
+                  const Cosines<T>& cos, const uint16_t* narrow, const TileGradient<T>& g, Ahead& ahead) {
   const bool last = cos.first + cos.columns == p.padded;
   if constexpr (sizeof(T) == 4) {
     if (p.bf16) {
@@ -83,6 +83,7 @@ void add_gradient(const Problem<T>& p, const TileProducts& products, const Packe
     T *sums = g.sum + d0 * t.rows, *d_w = g.d_w + d0;
     for (int64_t k = 0; k < cos.columns; k += kProductDepth) {
       const int64_t depth = std::min(kProductDepth, cos.columns - k);
+      ahead.ask(48);
       const auto start = [&](int64_t m, int v) { return k + cos.first ? load(sums + m * P + v * lanes) : Vec<T>{}; };
       const auto multiply = [&](const auto& finish) {
         multiply_strip<Summed::columns>(t.rows, depth, cos.c + k * t.rows, t.rows * P,
@@ -153,6 +154,7 @@ void backward_task(const Problem<T>& p, const Partition& cut, int64_t number, co
   g.sum = scratch.take<T>(rows * x.depth);
 
   load_tile(p, number, cut.tile_classes, x.depth, false, tile);
+  Ahead ahead(p, number + 1, rows);
   const int64_t first = tile.first_class * p.sub_centers;
   g.d_w = in_place ? static_cast<T*>(out.d_w) + first * p.dim : scratch.take<T>(rows * p.dim);
   std::fill_n(sums.along, tile.rows, Vec<T>{});
@@ -162,7 +164,7 @@ void backward_task(const Problem<T>& p, const Partition& cut, int64_t number, co
     weigh_backward<rule, extras>(p, in, tile, cos, narrow, sums);
     for (int64_t r = 0; r < tile.rows; r++)
       g.along[r] = has_slope(p, tile.inv[r]) ? lane_sum<T>(sums.along[r]) * tile.inv[r] : T(0);
-    if (out.d_w) add_gradient(p, products, x, tile, cos, narrow, g);
+    if (out.d_w) add_gradient(p, products, x, tile, cos, narrow, g, ahead);
   }
   if (p.bf16) products.release(true);
   for (int64_t j = 0; j < tile.classes && out.d_bias; j++) {
@@ -190,5 +192,9 @@ void backward(const Problem<T>& p, const BackwardIn<T>& in, const BackwardOut<T>
   const Partition cut = partition(p, kBackwardBlocking);
   const PackedRows<T> x(p, true, parallel);
   const auto task = choose_rule<BackwardTask<T>>(p.rule, out.d_bias != nullptr);
-  parallel(cut.tiles, [&](int64_t number) { task(p, cut, number, in, out, x, products); });
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(4, cut.tiles / 64));  // tiles a thread takes at once
+  parallel(div_up(cut.tiles, run), [&](int64_t n) {
+    for (int64_t number = n * run; number < std::min((n + 1) * run, cut.tiles); number++)
+      task(p, cut, number, in, out, x, products);
+  });
 }

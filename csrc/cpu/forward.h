@@ -154,7 +154,7 @@ Partial<T> partial_of(const Problem<T>& p, T* base, int64_t split) {
 // O += A^T w for one block; `add` is false where O holds nothing yet.
 template <class T>
 void add_share(const Problem<T>& p, const TileProducts& products, const Tile<T>& t, const Cosines<T>& cos,
-               const Weighted<T>& a, const Share<T>& share, bool add) {
+               const Weighted<T>& a, const Share<T>& share, bool add, Ahead& ahead) {
   if constexpr (sizeof(T) == 4) {
     if (p.bf16)
       return products.bf16(cos.columns, p.dim, round_up(t.rows, 32), a.stride, p.dim, p.dim, add, a.narrow, t.pairs,
@@ -163,6 +163,7 @@ void add_share(const Problem<T>& p, const TileProducts& products, const Tile<T>&
   constexpr int64_t P = kPanel<T>;
   for (int64_t strip = 0; strip < share.strips; strip++)
     for (int64_t i = 0; i < cos.columns; i += P) {
+      ahead.ask(12);
       T* out = share.at(cos.first + i, strip);
       const auto at = [&](int64_t m, int v) { return out + m * P + v * kLanes<T>; };
       multiply_strip<Summed::rows>(
@@ -211,13 +212,14 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
       std::fill(share.at(first, strip), share.at(last, strip), T(0));
   for (int64_t number = begin; number < end; number++) {
     load_tile(p, number, cut.tile_classes, x.depth, p.want & kDx, tile);
+    Ahead ahead(p, number + 1 < end ? number + 1 : cut.tiles, cut.tile_rows);
     for (int64_t block = first; block < last; block += cut.block) {
       compute_cosines(p, products, x, tile, block, std::min(cut.block, last - block), cos);
       const bool changed = weigh_forward<rule, extras>(p, tile, cos, s, cos.first - first, a, slope);
       if (!(p.want & kDx)) continue;
       if (changed && number > begin) scale_share(cos, s.factor + cos.first - first, out.o_red);
-      add_share(p, products, tile, cos, a, out.o_red, number > begin);
-      if (p.want & kSum) add_share(p, products, tile, cos, slope, out.o_sum, number > begin);
+      add_share(p, products, tile, cos, a, out.o_red, number > begin, ahead);
+      if (p.want & kSum) add_share(p, products, tile, cos, slope, out.o_sum, number > begin, ahead);
     }
   }
   if (p.bf16) products.release(true);

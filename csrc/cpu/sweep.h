@@ -178,6 +178,26 @@ void convert_tile(const Problem<T>& p, int64_t depth, bool pairs, Tile<T>& t) {
   }
 }
 
+// Memory that will be read soon, asked for a little at a time while the products run.
+class Ahead {
+ public:
+  // The rows of w in tile `number`, where they can be read in place and lie one after the other.
+  template <class T>
+  Ahead(const Problem<T>& p, int64_t number, int64_t tile_rows) {
+    const int64_t first = number * tile_rows, rows = std::min(tile_rows, p.classes * p.sub_centers - first);
+    if (p.w.index || p.w.col_stride != 1 || p.w.row_stride != p.dim || rows <= 0) return;
+    const int64_t size = p.w.storage == Storage::f64 ? 8 : p.w.storage == Storage::f32 ? 4 : 2;
+    next_ = static_cast<const char*>(p.w.data) + first * p.dim * size;
+    end_ = next_ + rows * p.dim * size;
+  }
+  FM_INLINE void ask(int64_t lines) {
+    for (; lines > 0 && next_ < end_; lines--, next_ += 64) __builtin_prefetch(next_, 0, 2);
+  }
+
+ private:
+  const char *next_ = nullptr, *end_ = nullptr;
+};
+
 template <class T>
 void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, int64_t depth, bool pairs, Tile<T>& t) {
   t.first_class = number * tile_classes;
