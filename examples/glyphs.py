@@ -22,6 +22,7 @@ try:
     from agreement import Agreement, complaints, early_steps, nudge
     from glyph_data import Glyphs, distort, load_glyphs
     from head_cost import HeadCost, Size, measure
+    from losses import LOSSES, Loss
     from report import Results, agreement_text, draw, table
     from torch import Tensor
     from tqdm import tqdm
@@ -35,16 +36,6 @@ except ModuleNotFoundError as missing:
         "or, in the folder of the repository: pip install -e '.[demo]'"
     ) from None
 
-# name: what makes the margin, and the names of the numbers that it takes
-MARGINS: dict[str, tuple[Callable[..., fm.Margin], tuple[str, ...]]] = {
-    "normface": (fm.NormFace, ()),
-    "cosface": (fm.CosFace, ("m",)),
-    "arcface": (fm.ArcFace, ("m",)),
-    "sphereface": (fm.SphereFace, ("m",)),
-    "combined": (fm.CombinedMargin, ("m1", "m2", "m3")),
-    "svsoftmax": (fm.SVSoftmax, ("t",)),
-    "sv-arcface": (lambda t=1.2, m=0.5: fm.SVSoftmax(t, base=fm.ArcFace(m)), ("t", "m")),
-}
 PROBES = 25  # how often both heads are given the same point
 
 
@@ -58,12 +49,12 @@ class Plan:
     head: Size
 
 
-def margin_from(text: str) -> fm.Margin:
-    """A margin from its name and optional numbers: "arcface", "arcface:0.5", "combined:1,0.3,0.2"."""
+def loss_from(text: str) -> Loss:
+    """A loss from its name and optional numbers: "arcface", "arcface:0.5", "combined:1,0.3,0.2"."""
     name, _, numbers = text.partition(":")
-    if name not in MARGINS:
-        raise argparse.ArgumentTypeError(f"there is no margin {name!r}; choose from {', '.join(MARGINS)}")
-    make, names = MARGINS[name]
+    if name not in LOSSES:
+        raise argparse.ArgumentTypeError(f"there is no margin {name!r}; choose from {', '.join(LOSSES)}")
+    names = LOSSES[name].numbers
     try:
         values = [float(number) for number in numbers.split(",")] if numbers else []
     except ValueError:
@@ -71,10 +62,12 @@ def margin_from(text: str) -> fm.Margin:
     if len(values) > len(names):
         takes = f"takes {', '.join(names)}" if names else "takes no numbers"
         raise argparse.ArgumentTypeError(f"{text!r} has too many numbers: {name} {takes}")
+    loss = Loss(name, dict(zip(names, values, strict=False)))
     try:
-        return make(**dict(zip(names, values, strict=False)))
+        loss.margin(10)
     except ValueError as wrong:
         raise argparse.ArgumentTypeError(f"{text!r}: {wrong}") from None
+    return loss
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -101,10 +94,10 @@ def positive(text: str) -> float:
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    margins = ", ".join(f"{name}:{','.join(names)}" if names else name for name, (_, names) in MARGINS.items())
+    margins = ", ".join(f"{name}:{','.join(e.numbers)}" if e.numbers else name for name, e in LOSSES.items())
     add = p.add_argument
-    add("--margin", type=margin_from, default="arcface", help=f"with or without numbers: {margins} (default: arcface)")
-    add("--scale", type=positive, default=20.0, metavar="S", help="scale of the cosines (default: 20)")
+    add("--margin", type=loss_from, default="arcface", help=f"with or without numbers: {margins} (default: arcface)")
+    add("--scale", type=positive, metavar="S", help="scale of the cosines (default: 20, for some losses another)")
     add("--steps", type=at_least(1), metavar="N", help="steps of training (default: 1200; smoke: 60)")
     add("--batch", type=at_least(2), metavar="N", help="images a step (default: 128; smoke: 64)")
     add("--seed", type=at_least(0), default=0, metavar="N", help="of weights, images and classes (default: 0)")
@@ -122,8 +115,7 @@ def plan_from(options: argparse.Namespace) -> Plan:
     else:
         steps, batch, warm_up, seen, unseen, classes, repeats = 1200, 128, 0.1, None, 300, 100_000, 9
     recipe = Recipe(
-        margin=options.margin,
-        scale=options.scale,
+        loss=options.margin if options.scale is None else options.margin._replace(scale=options.scale),
         steps=options.steps or steps,
         batch=options.batch or batch,
         warm_up=warm_up,
@@ -172,8 +164,8 @@ def introduce(glyphs: Glyphs, seen: Tensor, unseen: Tensor, recipe: Recipe) -> s
     return (
         f"{glyphs.common:,} characters are in all {len(glyphs.faces)} faces; {glyphs.inkless} have no ink, "
         f"the others make {len(glyphs.drawings):,} classes of distinct drawings.\n"
-        f"Training on {len(seen):,} of them, then verifying on {len(unseen)} others: {recipe.margin}, "
-        f"scale {recipe.scale:g}, {recipe.steps:,} steps of {recipe.batch} images, {torch.get_num_threads()} threads."
+        f"Training on {len(seen):,} of them, then verifying on {len(unseen)} others: {recipe.loss}, "
+        f"{recipe.steps:,} steps of {recipe.batch} images, {torch.get_num_threads()} threads."
     )
 
 
@@ -194,7 +186,7 @@ def run(plan: Plan, out: Path) -> int:
     print(f"\n{agreement_text(agreement)}\n\n{table(results)}\n")
     draw(results, out)
     print(f"{out} shows the curves, the ROC, time and memory. {time.perf_counter() - start:.0f} s in all.", flush=True)
-    wrong = complaints(agreement, recipe.margin, *verified, cost)
+    wrong = complaints(agreement, *verified, cost)
     for sentence in wrong:
         print(f"The heads disagree: {sentence}.", file=sys.stderr)
     if not wrong:

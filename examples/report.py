@@ -149,7 +149,7 @@ def draw_curves(upper: Axes, lower: Axes, r: Results) -> None:
     steps = np.arange(1, len(a.plain.losses) + 1)
     upper.plot(steps, a.plain.losses, color=BLUE, linewidth=3, alpha=0.45, label="plain PyTorch")
     upper.plot(steps, a.fused.losses, color=ORANGE, linewidth=0.9, label="fused")
-    title = f"Training loss: {type(r.recipe.margin).__name__}, {len(a.plain.head.weight):,} classes"
+    title = f"Training loss: {r.recipe.loss}, {len(a.plain.head.weight):,} classes"
     upper.set(title=title, ylim=(0, None), xlim=(0, len(steps) + 1))
     upper.legend(loc="upper right")
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from glyph_data import Glyphs, distort
+from losses import Loss
 from torch import Tensor, nn
 
 import fused_margin as fm
@@ -20,11 +21,10 @@ import fused_margin as fm
 class Recipe:
     """What is trained, and how."""
 
-    margin: fm.Margin
+    loss: Loss
     steps: int = 1000
     batch: int = 128
     embedding_size: int = 128
-    scale: float = 20.0
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -62,6 +62,7 @@ class Run:
             group["lr"] = group["initial_lr"] * rate
         features = self.network(images)
         embeddings = features.detach().requires_grad_()
+        torch.manual_seed(len(self.losses))  # some margins are drawn: for all heads alike
         head_start = time.perf_counter()
         loss = self.head(embeddings, labels)
         loss.backward()
@@ -100,9 +101,8 @@ def make_run(recipe: Recipe, num_classes: int, backend: str | None) -> Run:
     head = fm.MarginHead(
         embedding_size=recipe.embedding_size,
         num_classes=num_classes,
-        margin=recipe.margin,
-        scale=recipe.scale,
-        backend=backend,
+        backend=backend if backend or recipe.loss.has_kernel(num_classes) else "reference",
+        **recipe.loss.head(num_classes),
     )
     optimizer = torch.optim.SGD(
         [{"params": [*network.parameters(), *head.parameters()], "initial_lr": recipe.learning_rate}],

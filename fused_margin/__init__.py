@@ -2,25 +2,56 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional
+from . import functional, pairs, schedules
 from .backends import BACKENDS, FallbackWarning, why_not
 from .check import check_margin
 from .functional import Stats, margin_cross_entropy
 from .heads import MarginHead
 from .margins import (
+    AdaFace,
+    AdaMSoftmax,
+    Annealed,
     ArcFace,
+    ArcNegFace,
+    CircleLoss,
     CombinedMargin,
     CosFace,
+    CurricularFace,
     CustomMargin,
+    ElasticFace,
+    EqM,
+    GASoftmax,
+    InterclassFilter,
+    KappaFace,
+    LiArcFace,
+    LSoftmax,
+    MagFace,
     Margin,
+    MVSoftmax,
     NormFace,
+    NPCFace,
+    Outcome,
+    P2SGrad,
     PerClass,
     PerSample,
+    QAMFace,
+    RowStats,
+    SFace,
     SphereFace,
+    SphereFace2,
+    SphereFaceR,
+    StatefulMargin,
     SVSoftmax,
+    UniFace,
+    X2Softmax,
+    margins_by_count,
     safe_angle,
     safe_sine,
 )
+from .pairs import CenterLoss
+from .rows import Focal, HardRows, Mining
+from .scales import AdaCos, ScaleRule
+from .subcenters import Outliers, find_outliers
 
 try:
     __version__ = version("fused_margin")
@@ -29,23 +60,60 @@ except PackageNotFoundError:  # run from a source tree that was not installed
 
 __all__ = [
     "BACKENDS",
+    "AdaCos",
+    "AdaFace",
+    "AdaMSoftmax",
+    "Annealed",
     "ArcFace",
+    "ArcNegFace",
+    "CenterLoss",
+    "CircleLoss",
     "CombinedMargin",
     "CosFace",
+    "CurricularFace",
     "CustomMargin",
+    "ElasticFace",
+    "EqM",
     "FallbackWarning",
+    "Focal",
+    "GASoftmax",
+    "HardRows",
+    "InterclassFilter",
+    "KappaFace",
+    "LSoftmax",
+    "LiArcFace",
+    "MVSoftmax",
+    "MagFace",
     "Margin",
     "MarginHead",
+    "Mining",
+    "NPCFace",
     "NormFace",
+    "Outcome",
+    "Outliers",
+    "P2SGrad",
     "PerClass",
     "PerSample",
+    "QAMFace",
+    "RowStats",
+    "SFace",
     "SVSoftmax",
+    "ScaleRule",
     "SphereFace",
+    "SphereFace2",
+    "SphereFaceR",
+    "StatefulMargin",
     "Stats",
+    "UniFace",
+    "X2Softmax",
     "check_margin",
+    "find_outliers",
     "functional",
     "margin_cross_entropy",
+    "margins_by_count",
+    "pairs",
     "safe_angle",
     "safe_sine",
+    "schedules",
     "why_not",
 ]

@@ -17,8 +17,9 @@ from torch import Tensor
 from . import margins
 from .backends import BACKENDS, why_not
 from .functional import margin_cross_entropy
-from .margins import Margin, as_margin
+from .margins import Margin, Outcome, RowStats, as_margin
 from .rules import RULES
+from .spec import Spec
 
 _ROWS, _CLASSES, _DIM, _SCALE = 33, 131, 24, 16.0
 _GAP = 0.005  # in a cosine: what rounding both operands to bfloat16 may change
@@ -49,14 +50,24 @@ def _data(seed: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _with_gap(margin: Margin, data: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ignores the rows with a rival so close to the threshold that a 16-bit operand may put it on the other side."""
+    """Ignores the rows with a rival so close to a step of N that a 16-bit operand may put it on the other side."""
+    if not margin.masked:
+        return data
     x, w, labels = data
     cos = F.normalize(x) @ F.normalize(w).T
-    tau = margin.threshold(cos.gather(1, labels[:, None])[:, 0])
-    if tau is None:
-        return data
+    c, rule = cos.gather(1, labels[:, None])[:, 0], margin.rule()
+    if rule.name == "filter":
+        tau = torch.full_like(c, float(rule.args[0]))
+    else:
+        found = RowStats(labels >= 0, len(w), c.dtype, c, x.norm(dim=1))
+        tau = margin.prepare(found, labels).at(labels, len(w), c.dtype).threshold(c)
     distance = (cos - tau[:, None]).abs().scatter(1, labels[:, None], torch.inf).amin(1)
     return x, w, torch.where(distance > _GAP, labels, -100)
+
+
+def _options(margin: Margin) -> dict[str, float | bool]:
+    raw = margin.products
+    return {"scale": 1.0 if raw else _SCALE, "normalize_embeddings": not raw, "normalize_weight": not raw}
 
 
 def _run(margin: Margin, data: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype, backend: str) -> list[Tensor]:
@@ -64,7 +75,7 @@ def _run(margin: Margin, data: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
     acc = torch.float64 if dtype == torch.float64 else torch.float32
     x, w = (t.to(acc).requires_grad_() for t in data[:2])
     losses = margin_cross_entropy(
-        x, w, data[2], margin, scale=_SCALE, reduction="none", compute_dtype=dtype, backend=backend
+        x, w, data[2], margin, reduction="none", compute_dtype=dtype, backend=backend, **_options(margin)
     )
     return _with_gradients(losses, x, w)
 
@@ -72,16 +83,32 @@ def _run(margin: Margin, data: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype
 def _plain(margin: Margin, data: tuple[Tensor, Tensor, Tensor], dtype: torch.dtype) -> list[Tensor]:
     """The same by plain PyTorch, as one would write it: what the reference, too, is held against."""
     x, w = (t.to(dtype).requires_grad_() for t in data[:2])
-    valid, labels = data[2] >= 0, data[2].clamp_min(0)[:, None]
-    cos = F.linear(F.normalize(x), F.normalize(w))
-    c = cos.gather(1, labels)
-    rule, tau = margin.rule(), margin.threshold(c[:, 0].detach())
+    valid, labels = data[2] >= 0, data[2].clamp_min(0)
+    cos = F.linear(x, w) if margin.products else F.linear(F.normalize(x), F.normalize(w))
+    c = cos.gather(1, labels[:, None])[:, 0]
+    found = RowStats(valid, len(w), dtype, c.detach(), x.norm(dim=1), w[labels].norm(dim=1))
+    margin, scale = margin.prepare(found, labels), _options(margin)["scale"]
+    rule, bias = margin.rule(), margin.bias()
+    bias = cos.new_zeros(len(w)) if bias is None else bias.expand(len(w))
+    margin = margin.at(labels, len(w), dtype)
+    tau = margin.threshold(c.detach())
     v = RULES[rule.name].value(cos, None if tau is None else tau[:, None], rule.tensor(x))
     if margin.gradient == "detached":
         v = v.detach() + (cos - cos.detach())
-    logits = _SCALE * v.scatter(1, labels, margin.transform(c[:, 0])[:, None])
-    losses = torch.where(valid, F.cross_entropy(logits, labels[:, 0], reduction="none"), 0)
-    return _with_gradients(losses, x, w)
+    rival = torch.ones_like(cos, dtype=torch.bool).scatter(1, labels[:, None], False)
+    if "hard_mean" in margin.needs:
+        hit = rival & (cos.detach() > tau[:, None])
+        margin = margin.after((cos.detach() * hit).sum(1) / hit.sum(1).clamp_min(1))
+    z, u = scale * margin.transform(c) + bias[labels], scale * v + bias
+    if margin.reduction == "softplus":
+        red = (F.softplus(u, threshold=torch.inf) * rival).sum(1)
+    else:
+        red = u.masked_fill(~rival, -torch.inf).logsumexp(1)
+    if type(margin).row_loss is Margin.row_loss:
+        losses = F.cross_entropy(torch.where(rival, u, z[:, None]), labels, reduction="none")
+    else:
+        losses = margin.row_loss(Outcome(torch.full_like(z, scale), z, red, (u * rival).sum(1)))
+    return _with_gradients(torch.where(valid, losses + margin.penalty(), 0), x, w)
 
 
 def _with_gradients(losses: Tensor, x: Tensor, w: Tensor) -> list[Tensor]:
@@ -101,7 +128,7 @@ def _error(got: list[Tensor], expected: list[Tensor]) -> float:
 def _gradcheck(margin: Margin, backend: str) -> float:
     """The largest relative difference of a directional derivative from central differences, in float64."""
     x, w, labels = _data(0)
-    options = {"scale": _SCALE, "backend": backend}
+    options = _options(margin) | {"backend": backend}
     leaves = [x.requires_grad_(), w.requires_grad_()]
     grads = torch.autograd.grad(margin_cross_entropy(x, w, labels, margin, **options), leaves)
     errors = []
@@ -128,12 +155,21 @@ def check_margin(
     Args:
         margin: a margin, or a function that maps target cosines [B] to [B]; parameters float or 0-dim.
         quick: fewer seeds and no 16-bit operands.
-    Returns: one `Result` for each check; all are fine if `all(r.ok for r in results)`. A margin with
-        `gradient="detached"` is compared with the reference only, as its gradient is not the slope of the loss.
+    Returns: one `Result` for each check; all are fine if `all(r.ok for r in results)`. Where the gradient is not the
+        slope of the loss, by `gradient="detached"` or by the paper, it is compared with the reference only. One with a
+        state is checked in eval mode. Backends that have no kernel for its rule are left out, if none were named.
     """
     margin = as_margin(margin)
+    module = margin.module()
+    if module is not None and module.training:
+        module.eval()
+        try:
+            return check_margin(margin, backends, quick)
+        finally:
+            module.train()
     name = _describe(margin)
-    present = [b for b in BACKENDS if not why_not(b)] if backends is None else list(backends)
+    spec = Spec(rule=margin.rule().name)
+    present = [b for b in BACKENDS if not why_not(b, spec=spec)] if backends is None else list(backends)
     for backend in present:
         if why_not(backend):
             raise ValueError(f"backend {backend!r} is not present: {', '.join(why_not(backend))}")
@@ -145,7 +181,7 @@ def check_margin(
         return _worst(_error(run(d), e) for d, e in zip(data, exact, strict=True))
 
     for backend in present:
-        if margin.gradient == "exact":
+        if margin.gradient == "exact" and not margin.constants:
             results.append(Result(name, backend, "gradient", _gradcheck(margin, backend), 1e-6))
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)[: 2 if quick else 4]:
             if backend == "reference" and dtype.itemsize == 2:
@@ -176,9 +212,34 @@ def all_margins() -> list[Margin]:
         *(m.SphereFace(k) for k in (1, 2, 3, 4, 1.7)),
         m.CombinedMargin(1.0, 0.3, 0.2),
         m.CombinedMargin(1.2, 0.3, 0.2),
+        m.X2Softmax(),
+        m.Annealed(m.SphereFace(4)),
+        m.LSoftmax(4),
         m.SVSoftmax(1.2),
         m.SVSoftmax(1.2, m.CosFace(0.35)),
         m.SVSoftmax(1.2, m.ArcFace(0.5)),
+        m.SVSoftmax(1.2, m.ElasticFace()),
+        m.MVSoftmax(),
+        m.MVSoftmax(kind="arc", mode="fixed"),
+        m.CurricularFace(),
+        m.NPCFace(),
+        m.ArcNegFace(),
+        m.EqM(),
+        m.InterclassFilter(),
+        m.CircleLoss(),
+        m.AdaFace(),
+        m.MagFace(0.5, 12.0),
+        m.ElasticFace(),
+        m.AdaMSoftmax(_CLASSES),
+        m.KappaFace(1 + torch.arange(_CLASSES) % 7, _DIM),
+        *(m.SphereFace2(_CLASSES, kind) for kind in "CAM"),
+        m.UniFace(_CLASSES),
+        *(m.GASoftmax(kind) for kind in ("linear", "cosine", "sigmoid")),
+        *(m.LiArcFace(rivals=rivals) for rivals in ("angle", "cosine")),
+        m.QAMFace(),
+        *(m.SphereFaceR(version=version) for version in (0, 1, 2)),
+        m.SFace(),
+        m.P2SGrad(),
     ]
     return [*exact, m.ArcFace(0.5, gradient="detached"), m.SVSoftmax(1.2, gradient="detached")]
 

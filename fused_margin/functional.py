@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import ops, rows
 from .backends import choose
-from .margins import Margin, PerClass, PerSample, RowParameter, as_margin, gather_rows
-from .rules import RULES
+from .margins import Margin, Outcome, PerClass, PerSample, RowParameter, RowStats, as_margin, gather_rows
+from .rows import Mining
+from .rules import IDENTITY, RULES
+from .scales import ScaleRule
 from .spec import EPS, Aux, Spec, Want, acc_dtype
 
-_REDUCTIONS = ("mean", "sum", "none")
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TOPK_CHUNK = 16_384  # classes whose cosines exist at one time in `topk`
 
@@ -27,8 +28,9 @@ class Stats(NamedTuple):
 
     target_cosine: Tensor  # [B]; 0 where the row is ignored
     best_rival_cosine: Tensor  # [B], with bias / scale where there is a bias; -inf where there is no rival
-    lse: Tensor  # [B]: log-sum-exp of all logits, the target's with its margin
+    lse: Tensor  # [B]: log-sum-exp of all logits, the target's with its margin; without softmax, see `Margin.reduction`
     correct: Tensor  # 0-dim int64: rows whose target has the largest logit, without margin; ignored rows do not count
+    hard_rivals: Tensor  # [B]: rivals beyond the margin's threshold; 0 where it has none
 
 
 def margin_cross_entropy(
@@ -37,10 +39,15 @@ def margin_cross_entropy(
     labels: Tensor,
     margin: Margin | Callable[[Tensor], Tensor],
     *,
-    scale: RowParameter | str = 64.0,
+    scale: RowParameter | str | ScaleRule = 64.0,
     bias: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    mining: Mining | None = None,
+    sample_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    sub_centers: int = 1,
     normalize_embeddings: bool = True,
     normalize_weight: bool = True,
     compute_dtype: torch.dtype | None = None,
@@ -54,7 +61,7 @@ def margin_cross_entropy(
         cos = F.linear(F.normalize(embeddings), F.normalize(weight))
         cos_y = cos[range(B), labels]
         logits = scale * cos.index_put((range(B), labels), T(cos_y)) + bias
-        loss = F.cross_entropy(logits, labels, ignore_index=ignore_index, reduction=reduction)
+        loss = F.cross_entropy(logits, labels, class_weight, ignore_index=ignore_index, reduction=reduction)
 
     but for two cases where `F.cross_entropy` gives nan: the mean over no valid row (an empty batch, all rows ignored)
     is 0, with gradient 0.
@@ -66,9 +73,15 @@ def margin_cross_entropy(
             [0, C) is an error; on a GPU it is not looked at (that would wait for the device).
         margin: a margin of the library, or a function that maps the target cosines [B] to [B].
         scale: s, the inverse temperature: a positive number; a tensor [B] per sample, [C] per class or 0-dim, with
-            gradient if it asks for one; or "norm", the norm of each embedding (A-Softmax).
+            gradient if it asks for one; "norm", the norm of each embedding (A-Softmax); or a rule, as `fm.AdaCos`.
         bias: [C], added to the logits (plain softmax).
         reduction: "mean" over the rows that are not ignored, "sum", or "none": [B], with 0 in ignored rows.
+        label_smoothing: eps in [0, 1): the target distribution is (1 - eps) one-hot + eps / C, on the logits with
+            margin, as F.cross_entropy has it.
+        mining: `fm.Focal` or `fm.HardRows`: a weight for each row by its own loss.
+        sample_weight, class_weight: [B] and [C], multiplied with the rows' losses (their smoothed part too); the mean
+            is over the weights.
+        sub_centers: K: `weight` is [C * K, D], K consecutive rows a class, whose cosine is the largest of theirs.
         normalize_embeddings, normalize_weight: False takes raw rows, so that "cosines" are products. With a margin
             of angles both must be True.
         compute_dtype: dtype of the operands of the matrix products; by default the autocast dtype, else the
@@ -85,54 +98,110 @@ def margin_cross_entropy(
         TypeError, ValueError: what was got, what is expected, what to do. RuntimeError: a label out of range.
     """
     margin = as_margin(margin)
-    _check(embeddings, weight, labels, bias, reduction)
-    if not (normalize_embeddings and normalize_weight) and not margin.additive:
-        raise ValueError(
-            f"{type(margin).__name__} is a margin on angles: it needs normalize_embeddings and normalize_weight; "
-            "without them, NormFace (plain softmax) and CosFace are defined"
-        )
+    _check(embeddings, weight, labels, bias, sub_centers)
+    _check_margin(margin, normalize_embeddings, normalize_weight, bias, sub_centers)
+    rows.check_reduction(reduction)
+    check_scale(scale)
+    rows.check_extras(label_smoothing, mining, sample_weight, margin.reduction == "logsumexp")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index = {ignore_index!r}; expected an integer, as -100")
-    num_classes = weight.shape[0]
     labels = labels.long()
-    scale = row_scale(scale, embeddings, labels, num_classes)
-    rule = margin.rule()
     spec = Spec(
-        rule=rule.name,
+        rule=margin.rule().name,
         unit_slope=margin.gradient == "detached",
+        reduction=margin.reduction,
+        sub_centers=sub_centers,
         normalize_x=normalize_embeddings,
         normalize_w=normalize_weight,
         compute_dtype=_compute_dtype(compute_dtype, embeddings),
-        num_classes=num_classes,
+        num_classes=weight.shape[0] // sub_centers,
         ignore_index=ignore_index,
-        want=_want(embeddings, scale, return_stats),
     )
     spec = spec._replace(backend=choose(backend, embeddings, weight, spec))
+    head = _Inputs(embeddings, weight, labels, labels != ignore_index, spec)
 
-    acc = acc_dtype(embeddings)
-    at_rows = margin.at(labels, num_classes, acc)
-    tau = None
+    found = _row_stats(head, margin, scale)
+    margin = margin.prepare(found, labels)
+    spec = spec._replace(rule=margin.rule().name)
+    s = _scale_at_rows(head, scale, found)
+    extra_bias = margin.bias()
+    bias = bias if extra_bias is None else extra_bias.expand(spec.num_classes).contiguous()
+    want = _want(embeddings, s, return_stats, margin, label_smoothing)
+    out, margin, stats = _sweep(head._replace(spec=spec._replace(want=want)), margin, s, bias, found, return_stats)
+
+    loss = rows.smoothed(margin.row_loss(out), out, label_smoothing, spec.num_classes) + margin.penalty()
+    weights = rows.row_weights(labels, spec.num_classes, loss.dtype, sample_weight, class_weight)
+    loss = rows.reduced(loss, head.valid, weights, mining, reduction)
+    return (loss, stats) if return_stats else loss
+
+
+class _Inputs(NamedTuple):
+    """What every step of a call needs."""
+
+    x: Tensor
+    w: Tensor
+    labels: Tensor  # int64
+    valid: Tensor  # [B] bool
+    spec: Spec
+
+
+def _row_stats(head: _Inputs, margin: Margin, scale: RowParameter | str | ScaleRule) -> RowStats:
+    """What the margin and the scale need to know before the sweep."""
+    x, w, labels, valid, spec = head
+    acc = acc_dtype(x)
+    of_scale = scale.needs if isinstance(scale, ScaleRule) else ("norm",) if isinstance(scale, str) else ()
+    needs = {*margin.needs, *of_scale}
+    cos_y = norm = weight_norm = None
+    if "cos_y" in needs or RULES[spec.rule].needs_tau:
+        cos_y = ops.target_cosine(x, w, labels, None, spec)
+    if "norm" in needs:
+        norm = torch.linalg.vector_norm(torch.where(valid[:, None], x, 0), dim=1, dtype=acc)
+    if "weight_norm" in needs:
+        weight_norm = torch.linalg.vector_norm(w[torch.where(valid, labels, 0)], dim=1, dtype=acc)
+    return RowStats(valid, spec.num_classes, acc, cos_y, norm, weight_norm)
+
+
+def _scale_at_rows(head: _Inputs, scale: RowParameter | str | ScaleRule, found: RowStats) -> Tensor:
+    """s [B], in the accumulation dtype."""
+    if isinstance(scale, ScaleRule):
+
+        def rivals(s: Tensor) -> Tensor:
+            """log sum_j exp(s c_j) of each row, without gradient."""
+            plain = head.spec._replace(rule="identity", reduction="logsumexp", want=Want.NONE)
+            args = IDENTITY.tensor(head.x)
+            with torch.no_grad():
+                return ops.sweep(head.x, head.w, head.labels, s.expand(len(head.x)), None, None, None, args, plain)[0]
+
+        return scale.prepare(found, rivals).expand(len(head.x))
+    if isinstance(scale, str):
+        return found.norm
+    return row_scale(scale, head.x, head.labels, head.spec.num_classes)
+
+
+def _sweep(
+    head: _Inputs, margin: Margin, scale: Tensor, bias: Tensor | None, found: RowStats, stats: bool
+) -> tuple[Outcome, Margin, Stats | None]:
+    """The sweep itself, and the target's logit; also the margin as its rows have it."""
+    x, w, labels, valid, spec = head
+    rule, at_rows, tau = margin.rule(), margin.at(labels, spec.num_classes, found.dtype), None
     if RULES[rule.name].needs_tau:
         with torch.no_grad():
-            tau = at_rows.threshold(ops.target_cosine(embeddings, weight, labels, None, spec))
-    rule_args = rule.tensor(embeddings)
-    lse, cos_y, _, aux = ops.sweep(embeddings, weight, labels, scale, tau, bias, None, rule_args, spec)
-
-    valid = labels != ignore_index
-    own = 0.0 if bias is None else bias.to(acc)[torch.where(valid, labels, 0)]
-    c = cos_y.clone() if return_stats else cos_y  # T may be a user's, and work in place
-    z = scale * _checked_target(at_rows.transform(c), cos_y).to(acc) + own
-    loss = torch.where(valid, -F.logsigmoid(z - lse), 0)
-    if reduction == "mean":
-        loss = loss.sum() / valid.sum().clamp_min(1)
-    elif reduction == "sum":
-        loss = loss.sum()
-    if not return_stats:
-        return loss
-    with torch.no_grad():
-        best = Aux(*aux).best
-        correct = (valid & (cos_y + own / scale >= best)).sum()
-        return loss, Stats(cos_y.detach(), best, torch.logaddexp(lse, z).detach(), correct)
+            tau = at_rows.threshold(found.cos_y.clone())  # it may be a user's, and work in place
+    red, cos_y, sum_u, aux = ops.sweep(x, w, labels, scale, tau, bias, None, rule.tensor(x), spec)
+    aux = Aux(*aux)
+    if "hard_mean" in margin.needs:
+        at_rows = at_rows.after(aux.masked_sum / aux.masked_count.clamp_min(1))
+    own = 0.0 if bias is None else bias.to(found.dtype)[torch.where(valid, labels, 0)]
+    c = cos_y.clone() if stats else cos_y  # T may be a user's, and work in place
+    z = scale * _checked_target(at_rows.transform(c), cos_y).to(found.dtype) + own
+    known = None
+    if stats:
+        with torch.no_grad():
+            correct = (valid & (cos_y + own / scale >= aux.best)).sum()
+            hard = aux.masked_count if tau is not None else torch.zeros_like(red)
+            lse = torch.logaddexp(red, z) if spec.reduction == "logsumexp" else red
+            known = Stats(cos_y.detach(), aux.best, lse.detach(), correct, hard)
+    return Outcome(scale, z, red, sum_u), at_rows, known
 
 
 def topk(
@@ -144,17 +213,20 @@ def topk(
     normalize_embeddings: bool = True,
     normalize_weight: bool = True,
     compute_dtype: torch.dtype | None = None,
+    sub_centers: int = 1,
 ) -> tuple[Tensor, Tensor]:
     """The k classes with the largest cosines, in one sweep over the weights and without a tensor of B x C.
 
     Equivalent to: `torch.topk(F.linear(F.normalize(embeddings), F.normalize(weight), bias), k)`, with operands rounded
     to `compute_dtype`, and products in float32 (float64 for float64).
+    With sub_centers K, a class is K consecutive rows of `weight`, and its cosine the largest of theirs.
     Returns: cosines [B, k] in falling order, and class numbers [B, k] (int64). No gradient.
     """
     labels = torch.zeros(len(embeddings), dtype=torch.long, device=embeddings.device)
-    _check(embeddings, weight, labels, bias, "none")
-    if not 1 <= k <= weight.shape[0]:
-        raise ValueError(f"k = {k}; expected 1 <= k <= {weight.shape[0]}, the number of classes")
+    _check(embeddings, weight, labels, bias, sub_centers)
+    classes = weight.shape[0] // sub_centers
+    if not 1 <= k <= classes:
+        raise ValueError(f"k = {k}; expected 1 <= k <= {classes}, the number of classes")
     dtype, acc = _compute_dtype(compute_dtype, embeddings), acc_dtype(embeddings)
 
     def operand(rows: Tensor, normalize: bool) -> Tensor:
@@ -164,10 +236,11 @@ def topk(
     with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
         x_hat = operand(embeddings, normalize_embeddings)
         best, ids = x_hat.new_empty(len(x_hat), 0), labels.new_empty(len(x_hat), 0)
-        for first in range(0, weight.shape[0], _TOPK_CHUNK):
-            chunk = slice(first, first + _TOPK_CHUNK)
-            b = None if bias is None else bias[chunk].to(acc)
-            cos = F.linear(x_hat, operand(weight[chunk], normalize_weight), b)
+        for first in range(0, classes, _TOPK_CHUNK):
+            last = min(first + _TOPK_CHUNK, classes)
+            cos = F.linear(x_hat, operand(weight[first * sub_centers : last * sub_centers], normalize_weight))
+            cos = cos.unflatten(1, (-1, sub_centers)).amax(2) if sub_centers > 1 else cos
+            cos = cos if bias is None else cos + bias[first:last].to(acc)
             here, place = cos.topk(min(k, cos.shape[1]))
             best, ids = torch.cat([best, here], 1), torch.cat([ids, place + first], 1)
             best, place = best.topk(min(k, best.shape[1]))
@@ -175,7 +248,24 @@ def topk(
     return best, ids
 
 
-def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, reduction: str) -> None:
+def _check_margin(margin: Margin, normalize_x: bool, normalize_w: bool, bias: Tensor | None, sub_centers: int) -> None:
+    """Raises where a margin has no meaning for the products, or brings what was given."""
+    name = type(margin).__name__
+    if not (normalize_x and normalize_w) and not margin.additive:
+        raise ValueError(
+            f"{name} is a margin on angles: it needs normalize_embeddings and normalize_weight; "
+            "without them, NormFace (plain softmax) and CosFace are defined"
+        )
+    if margin.products and (normalize_x or normalize_w or sub_centers > 1):
+        raise ValueError(
+            f"{name} works on products of raw rows: pass normalize_embeddings=False, normalize_weight=False, scale=1, "
+            "sub_centers=1"
+        )
+    if margin.reduction != "logsumexp" and bias is not None:
+        raise ValueError(f"{name} has a bias of its own; expected bias=None")
+
+
+def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, sub_centers: int = 1) -> None:
     for name, t in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}; expected a tensor, as torch.as_tensor({name}) gives")
@@ -217,19 +307,18 @@ def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
                 f"{name} on {t.device}, embeddings on {embeddings.device}; expected one device: "
                 f"use {name}.to(embeddings.device)"
             )
-    if bias is not None and (bias.shape != weight.shape[:1] or bias.dtype not in _FLOATS):
-        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; expected floats [{weight.shape[0]}], one a class")
-    check_reduction(reduction)
+    if isinstance(sub_centers, bool) or not isinstance(sub_centers, int) or sub_centers < 1:
+        raise ValueError(f"sub_centers = {sub_centers!r}; expected a positive integer")
+    classes, rest = divmod(weight.shape[0], sub_centers)
+    if rest:
+        raise ValueError(f"weight has {weight.shape[0]} rows, no multiple of sub_centers = {sub_centers}")
+    if bias is not None and (bias.shape != (classes,) or bias.dtype not in _FLOATS):
+        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; expected floats [{classes}], one a class")
 
 
-def check_reduction(reduction: str) -> None:
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction = {reduction!r}; expected one of {', '.join(map(repr, _REDUCTIONS))}")
-
-
-def check_scale(scale: RowParameter | str) -> None:
+def check_scale(scale: RowParameter | str | ScaleRule) -> None:
     """Raises for what can never be a scale; the values of tensors are not read."""
-    if isinstance(scale, (Tensor, PerClass, PerSample)) or scale == "norm":
+    if isinstance(scale, (Tensor, PerClass, PerSample, ScaleRule)) or scale == "norm":
         return
     if isinstance(scale, bool) or not isinstance(scale, (Real, str)):
         raise TypeError(f"scale = {scale!r}; expected a positive number, a tensor, or 'norm'")
@@ -237,12 +326,10 @@ def check_scale(scale: RowParameter | str) -> None:
         raise ValueError(f"scale = {scale!r}; expected a positive finite number, a tensor, or 'norm'")
 
 
-def row_scale(scale: RowParameter | str, embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
+def row_scale(scale: RowParameter, embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """s as a tensor [B] of the accumulation dtype."""
     check_scale(scale)
     acc = acc_dtype(embeddings)
-    if isinstance(scale, str):
-        return torch.linalg.vector_norm(embeddings, dim=1, dtype=acc)
     if isinstance(scale, Real):
         return embeddings.new_full(embeddings.shape[:1], float(scale), dtype=acc)
     return gather_rows(scale, labels, num_classes, acc, "scale").expand(embeddings.shape[0])
@@ -261,10 +348,11 @@ def _compute_dtype(asked: torch.dtype | None, embeddings: Tensor) -> torch.dtype
     return asked
 
 
-def _want(embeddings: Tensor, scale: Tensor, stats: bool) -> int:
+def _want(embeddings: Tensor, scale: Tensor, stats: bool, margin: Margin, smoothing: float) -> int:
     grad = torch.is_grad_enabled()
     wanted = {
-        Want.STATS: stats,
+        Want.STATS: stats or "hard_mean" in margin.needs,
+        Want.SUM: smoothing > 0 or "sum_u" in margin.needs,
         Want.DX: grad and embeddings.requires_grad,
         Want.DSCALE: grad and scale.requires_grad,
     }

@@ -8,10 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, rows
 from .backends import BACKENDS, why_not
-from .margins import ArcFace, CustomMargin, Margin, PerClass, PerSample, RowParameter, as_margin
+from .margins import ArcFace, Margin, PerClass, PerSample, RowParameter, as_margin
+from .rows import Mining
+from .scales import ScaleRule
 from .spec import EPS, acc_dtype
+from .subcenters import Outliers, find_outliers
 
 
 class MarginHead(nn.Module):
@@ -37,11 +40,15 @@ class MarginHead(nn.Module):
         embedding_size: int,
         num_classes: int,
         margin: Margin | Callable[[Tensor], Tensor] | None = None,
-        scale: RowParameter | str = 64.0,
+        scale: RowParameter | str | ScaleRule = 64.0,
         *,
         bias: bool = False,
         ignore_index: int = -100,
         reduction: str = "mean",
+        label_smoothing: float = 0.0,
+        mining: Mining | None = None,
+        class_weight: Tensor | None = None,
+        sub_centers: int = 1,
         normalize_embeddings: bool = True,
         normalize_weight: bool = True,
         compute_dtype: torch.dtype | None = None,
@@ -50,11 +57,15 @@ class MarginHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        for name, size in (("embedding_size", embedding_size), ("num_classes", num_classes)):
+        sizes = (("embedding_size", embedding_size), ("num_classes", num_classes), ("sub_centers", sub_centers))
+        for name, size in sizes:
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name} = {size!r}; expected a positive integer")
-        self.embedding_size, self.num_classes = embedding_size, num_classes
+        self.embedding_size, self.num_classes, self.sub_centers = embedding_size, num_classes, sub_centers
         self.options = {
+            "label_smoothing": label_smoothing,
+            "mining": mining,
+            "sub_centers": sub_centers,
             "ignore_index": ignore_index,
             "reduction": reduction,
             "normalize_embeddings": normalize_embeddings,
@@ -62,12 +73,12 @@ class MarginHead(nn.Module):
             "compute_dtype": compute_dtype,
             "backend": backend,
         }
-        functional.check_reduction(reduction)
+        rows.check_reduction(reduction)
         if backend is not None and why_not(backend):
             raise ValueError(
                 f"backend={backend!r} cannot run: {', '.join(why_not(backend))}; have {', '.join(BACKENDS)}"
             )
-        self.weight = nn.Parameter(torch.empty(num_classes, embedding_size, device=device, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(num_classes * sub_centers, embedding_size, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(num_classes, device=device, dtype=dtype)) if bias else None
         functional.check_scale(scale)
         if isinstance(scale, (PerClass, PerSample)) or (isinstance(scale, Tensor) and scale.dim()):
@@ -76,16 +87,24 @@ class MarginHead(nn.Module):
             self._hold("scale", scale)
         else:
             self.scale = scale
-        self._margin = self._per_class(ArcFace() if margin is None else as_margin(margin))
-        if isinstance(self._margin, CustomMargin) and isinstance(self._margin.fn, nn.Module):
-            self.margin_module = self._margin.fn  # its parameters are the head's
-        self._margin_tensors = {name: "margin_" + name.replace(".", "_") for name in self._margin.tensors()}
-        for name, tensor in self._margin.tensors().items():
+        self._hold("class_weight", class_weight)
+        margin = ArcFace() if margin is None else as_margin(margin)
+        rows.check_extras(label_smoothing, mining, class_weight, margin.reduction == "logsumexp")
+        self.margin_module = margin.module()  # its parameters and its state are the head's
+        if self.margin_module is not None:
+            self.margin_module.to(self.weight.device)
+        self._margin = None if margin is self.margin_module else self._per_class(margin)
+        held = {} if self._margin is None else self._margin.tensors()
+        self._margin_tensors = {name: "margin_" + name.replace(".", "_") for name in held}
+        for name, tensor in held.items():
             self._hold(self._margin_tensors[name], tensor)
         self.reset_parameters()
 
-    def _hold(self, name: str, tensor: Tensor) -> None:
+    def _hold(self, name: str, tensor: Tensor | None) -> None:
         """A parameter stays one, another tensor becomes a buffer; both on the weight's device."""
+        if tensor is None:
+            self.register_buffer(name, None)
+            return
         moved = tensor.to(self.weight.device)
         if isinstance(tensor, nn.Parameter):
             self.register_parameter(name, tensor if moved is tensor else nn.Parameter(moved.detach()))
@@ -110,13 +129,15 @@ class MarginHead(nn.Module):
     @property
     def margin(self) -> Margin:
         """The margin, with the head's own copies of its tensors."""
+        if self._margin is None:
+            return self.margin_module
         held = {name: getattr(self, attribute) for name, attribute in self._margin_tensors.items()}
         return self._margin.with_tensors(held) if held else self._margin
 
     def forward(
-        self, embeddings: Tensor, labels: Tensor, return_stats: bool = False
+        self, embeddings: Tensor, labels: Tensor, return_stats: bool = False, *, sample_weight: Tensor | None = None
     ) -> Tensor | tuple[Tensor, functional.Stats]:
-        """The loss; with `return_stats` the pair (loss, functional.Stats)."""
+        """The loss; with `return_stats` the pair (loss, functional.Stats). sample_weight: [B]."""
         return functional.margin_cross_entropy(
             embeddings,
             self.weight,
@@ -125,6 +146,8 @@ class MarginHead(nn.Module):
             scale=self.scale,
             bias=self.bias,
             return_stats=return_stats,
+            sample_weight=sample_weight,
+            class_weight=self.class_weight,
             **self.options,
         )
 
@@ -136,12 +159,15 @@ class MarginHead(nn.Module):
         acc = acc_dtype(self.weight)
         with torch.autocast(embeddings.device.type, enabled=False):
             x, w = embeddings.to(acc), self.weight.to(acc)
-            scale = torch.linalg.vector_norm(x, dim=1, keepdim=True) if isinstance(self.scale, str) else self.scale
+            scale = self.scale.value() if isinstance(self.scale, ScaleRule) else self.scale
+            if isinstance(scale, str):
+                scale = torch.linalg.vector_norm(x, dim=1, keepdim=True)
             if self.options["normalize_embeddings"]:
                 x = F.normalize(x, dim=1, eps=EPS)
             if self.options["normalize_weight"]:
                 w = F.normalize(w, dim=1, eps=EPS)
-            return F.linear(x, w) * scale + (0 if self.bias is None else self.bias.to(acc))
+            products = F.linear(x, w).unflatten(1, (self.num_classes, self.sub_centers)).amax(2)
+            return products * scale + (0 if self.bias is None else self.bias.to(acc))
 
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(cosines, class numbers), both [B, k]: the nearest classes, in one sweep, without a tensor of B x C.
@@ -150,10 +176,20 @@ class MarginHead(nn.Module):
         """
         if self.bias is not None and isinstance(self.scale, str):
             raise ValueError("topk with a bias and scale='norm' has no one order of the classes; use logits")
-        options = {name: self.options[name] for name in ("normalize_embeddings", "normalize_weight", "compute_dtype")}
-        bias = None if self.bias is None else self.bias.detach() / self.scale
-        return functional.topk(embeddings, self.weight, k, bias=bias, **options)
+        names = ("normalize_embeddings", "normalize_weight", "compute_dtype", "sub_centers")
+        scale = self.scale.value() if isinstance(self.scale, ScaleRule) else self.scale
+        bias = None if self.bias is None else self.bias.detach() / scale
+        return functional.topk(embeddings, self.weight, k, bias=bias, **{name: self.options[name] for name in names})
+
+    def outliers(self, embeddings: Tensor, labels: Tensor, angle: float = 75.0) -> Outliers:
+        """For heads with sub-centres: which samples lie `angle` degrees or more from their class's main centre.
+
+        See `fm.find_outliers`. Give it the whole training set's embeddings.
+        """
+        return find_outliers(embeddings, self.weight, labels, self.sub_centers, angle)
 
     def extra_repr(self) -> str:
-        parts = [f"embedding_size={self.embedding_size}", f"num_classes={self.num_classes}", f"margin={self._margin}"]
-        return ", ".join([*parts, f"scale={self.scale}"])
+        parts = [f"embedding_size={self.embedding_size}", f"num_classes={self.num_classes}"]
+        parts += [f"sub_centers={self.sub_centers}"] * (self.sub_centers > 1)
+        parts += [] if self._margin is None else [f"margin={self._margin}"]
+        return ", ".join(parts + ([] if isinstance(self.scale, ScaleRule) else [f"scale={self.scale}"]))

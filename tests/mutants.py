@@ -24,6 +24,8 @@ ROOT = Path(__file__).parent.parent
 # The quickest to fail first; compiling with inductor, other processes and the tests of this tool find nothing more.
 TESTS = [
     "margins",
+    "losses",
+    "rows",
     "primitive",
     "heads",
     "edges",

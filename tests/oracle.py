@@ -99,6 +99,26 @@ def _circle(c: Tensor, tau: None, m: float) -> Tensor:
     return (c + m).clamp_min(0).detach() * (c - m)  # Circle loss (2002.10857) eq. 5-6: the weight is a constant
 
 
+def _power(c: Tensor, tau: None, t: float, m: float) -> Tensor:
+    return 2 * ((c + 1) / 2) ** t - 1 + m  # SphereFace2 (2108.01513): g(c) + m
+
+
+def _angle(c: Tensor, tau: None, b0: float, b1: float, b2: float) -> Tensor:
+    theta = torch.acos(c)
+    return b0 + b1 * theta + b2 * theta**2
+
+
+def _angle_sigmoid(c: Tensor, tau: None, k: float) -> Tensor:
+    """SphereNet (1711.03189) eq. 6: A (1 - e) / (1 + e) with e = exp(theta / k - pi / (2 k))."""
+    e = torch.exp(torch.acos(c) / k - math.pi / (2 * k))
+    edge = math.exp(-math.pi / (2 * k))
+    return (1 + edge) / (1 - edge) * (1 - e) / (1 + e)
+
+
+def _sigmoid_weight(c: Tensor, tau: None, k: float, b: float) -> Tensor:
+    return (1 / (1 + torch.exp(k * (torch.acos(c) - b)))).detach() * c  # SFace (2205.12010): the weight is a constant
+
+
 RIVALS: dict[str, Callable[..., Tensor]] = {
     "identity": lambda c, tau: c,
     "hard": _hard,
@@ -107,6 +127,12 @@ RIVALS: dict[str, Callable[..., Tensor]] = {
     "filter": _filter,
     "gauss": _gauss,
     "circle": _circle,
+    "power": _power,
+    "angle": _angle,
+    "angle_fraction": lambda c, tau, m: torch.cos(torch.acos(c) / m),  # SphereFace-R v2
+    "angle_sigmoid": _angle_sigmoid,
+    "sigmoid_weight": _sigmoid_weight,
+    "square": lambda c, tau: 0.5 * c**2,  # P2SGrad as a squared error
 }
 
 

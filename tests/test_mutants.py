@@ -22,9 +22,9 @@ def test_names_are_unique():
 def test_caught_survived_and_misplaced(capsys):
     by_name = {m.name: m for m in MUTANTS}
     harmless = Mutant(
-        "harmless", "fused_margin/margins.py", '"""No margin: the normalised', '"""No margin: a normalised'
+        "harmless", "fused_margin/margins/softmax.py", '"""No margin: the normalised', '"""No margin: a normalised'
     )
-    misplaced = Mutant("misplaced", "fused_margin/margins.py", "no such text", "")
+    misplaced = Mutant("misplaced", "fused_margin/margins/softmax.py", "no such text", "")
     chosen = [by_name["margin_wrong_by_0_002"], by_name["tail_condition_flipped"], harmless, misplaced]
     assert mutants.survey(chosen, QUICK, check_first=False) == 2
     lines = capsys.readouterr().out.splitlines()

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_margin import ops
+from fused_margin import ops, why_not
 from fused_margin.rules import CODES, RULES, Rule
 from fused_margin.spec import Aux, Spec, Want
 
@@ -25,8 +25,20 @@ ARGS = {  # of each rule, chosen so that a good part of the cosines falls on eit
     "filter": (0.2,),
     "gauss": (1.2, 2.0),
     "circle": (0.25,),
+    "power": (3.0, 0.4),
+    "angle": (1.0, -0.6, 0.05),
+    "angle_fraction": (1.4,),
+    "angle_sigmoid": (0.4,),
+    "sigmoid_weight": (5.0, 1.3),
+    "square": (),
 }
-SMOOTH_RULES = ("identity", "gauss", "circle", "clip")  # no jump, which float32 and the oracle may see on other sides
+SMOOTH_RULES = (
+    "identity",
+    "gauss",
+    "circle",
+    "clip",
+    "power",
+)  # no jump, which float32 and the oracle may see on other sides
 ALL = int(Want.DX | Want.SUM | Want.STATS | Want.DSCALE)
 
 
@@ -86,6 +98,9 @@ def expected_outputs(s: oracle.Swept, masks=True):
 
 def check(inputs: Inputs, backend, oracle_options=None, parts=(0, 1, 2), **changes):
     """All outputs and gradients of one sweep under the error rule."""
+    reasons = why_not(backend, spec=inputs.spec(backend))
+    if reasons:
+        pytest.skip(f"{backend}: {', '.join(reasons)}")
     masks = inputs.tau is not None
     got = inputs.run(backend, **changes)
     options = {"reduction": changes.get("reduction", "logsumexp")} | (oracle_options or {})
@@ -112,6 +127,14 @@ def test_rules_with_unit_slope(backend, rule):
     check(Inputs(rule=rule), backend, {"unit_slope": True}, unit_slope=True)
 
 
+@pytest.mark.parametrize("exponent", [1.0, 1.5, 2.0, 3.0, 4.7, 7.0, 12.5])
+def test_powers(backend, exponent, monkeypatch):
+    """Whole exponents by squaring, others by pow."""
+    monkeypatch.setitem(ARGS, "power", (exponent, 0.2))
+    check(Inputs(rule="power"), backend)
+    check(Inputs(100, 300, 64, "power", dtype=torch.float32), backend, reduction="softplus")
+
+
 @pytest.mark.parametrize("reduction", ["logsumexp", "softplus"])
 @pytest.mark.parametrize("rule", SMOOTH_RULES)
 def test_rules_in_float32(backend, rule, reduction):
@@ -119,7 +142,8 @@ def test_rules_in_float32(backend, rule, reduction):
 
 
 def test_every_rule_has_its_arguments_here():
-    assert ARGS.keys() == RULES.keys() == oracle.RIVALS.keys() == CODES.keys()
+    assert ARGS.keys() == RULES.keys() == oracle.RIVALS.keys()
+    assert list(CODES) == [name for name, rule in RULES.items() if rule.kernel]
     assert {n: len(a) for n, a in ARGS.items()} == {n: len(d.args) for n, d in RULES.items()}
 
 

@@ -84,7 +84,7 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
     const Vec<T> K = load(s.K + r);
     Vec<T> sum{}, mean_v{};
     for (int64_t j0 = 0; j0 < t.rows; j0 += lanes) {
-      Vec<T> a_square[lanes], slope_square[lanes];
+      Vec<T> a_square[lanes], slope_square[lanes], part{};  // many equal rivals round alike: sums of sums
       for (int64_t l = 0; l < lanes; l++) {
         const int64_t j = j0 + l;
         a_square[l] = slope_square[l] = zero;
@@ -100,12 +100,13 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
           red = a = exponential(shifted + K * T(2.121944400546905e-4));
         }
         a = select(e.excluded, zero, a);
-        sum += select(e.excluded, zero, red);
+        part += select(e.excluded, zero, red);
         if constexpr (extras) mean_v += a * n.value;
         const Vec<T> slope = (p.unit_slope ? zero + T(1) : n.slope) * t.inv[j];
         a_square[l] = a * slope;
         if constexpr (extras) slope_square[l] = select(e.excluded, zero, slope);
       }
+      sum += part;
       if (!(p.want & kDx)) continue;
       store_square<T>(a_square, cos, t.rows, a_out, i, j0);
       if constexpr (extras) {

@@ -310,6 +310,7 @@ auto choose_rule(RuleCode rule, bool extras) {
     FM_RULE(filter)
     FM_RULE(gauss)
     FM_RULE(circle)
+    FM_RULE(power)
     default:
       FM_RULE(identity)
   }

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ..rules import RULES
 from ..spec import Spec
 from . import cpu, reference
 
@@ -25,7 +26,12 @@ def why_not(name: str, x: Tensor | None = None, w: Tensor | None = None, spec: S
     """
     if name not in BACKENDS:
         return [f"there is no backend {name!r}"]
-    return BACKENDS[name].why_not(x, w, spec if spec is not None else Spec())
+    spec = spec if spec is not None else Spec()
+    reasons = BACKENDS[name].why_not(x, w, spec)
+    if name != "reference" and not RULES[spec.rule].kernel:
+        lacks = f"no kernel has the rival rule {spec.rule!r}; csrc/README.md says how one is added, or ask for it"
+        reasons = [*reasons, lacks]
+    return reasons
 
 
 def _report(x: Tensor, w: Tensor, spec: Spec) -> str:

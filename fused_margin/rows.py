@@ -1,0 +1,128 @@
+"""What happens to the losses of the rows, all on [B]: mining by the loss itself, weights, smoothing, reduction.
+
+loss_i -> (1 - eps) loss_i + eps * (mean over the classes) -> mining -> weights -> mean, sum or none
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .margins import GRADIENTS, Outcome, PerClass, PerSample
+from .margins.base import choice, gather_rows, number
+
+REDUCTIONS = ("mean", "sum", "none")
+
+
+class Mining:
+    """A weight for each row that its own loss decides; works with every margin."""
+
+    def factor(self, loss: Tensor, valid: Tensor) -> Tensor:
+        """[B], multiplied with the losses; gradients flow through it unless it is detached."""
+        raise NotImplementedError(f"{type(self).__name__} must define factor(self, loss, valid)")
+
+    def counts(self, factor: Tensor) -> Tensor:
+        """[B]: how much each row counts in a mean."""
+        return torch.ones_like(factor)
+
+
+@dataclass(frozen=True, eq=False)
+class Focal(Mining):
+    """Focal loss: rows that are classified well count less.
+
+    Equivalent to: `loss * alpha * (1 - p) ** gamma`, p = exp(-loss), for each row by itself.
+    Args: gamma >= 1 (default 2; below 1 the slope at p = 1 is infinite), alpha > 0 (1). gradient "exact" differentiates
+        the factor too, so that the cross-entropy's gradient of the whole row is multiplied with
+        `(1 - p)^gamma - gamma p (1 - p)^(gamma - 1) log p`; "detached" takes the factor as a constant.
+    Source: Lin et al. 2017, Focal loss (arXiv 1708.02002) eq. 4; with a margin it is eq. 4 of SV-Softmax (1812.11317).
+        xiaoboCASIA/SV-X-Softmax is exact, clcarwin's detached; face.evoLVe applies it to the mean, another loss.
+    """
+
+    gamma: float = 2.0
+    alpha: float = 1.0
+    gradient: str = field(default="exact", kw_only=True)
+
+    def __post_init__(self) -> None:
+        number("gamma", self.gamma, 1, 1e3, "below 1 the slope at p = 1 is infinite")
+        number("alpha", self.alpha, 1e-9)
+        choice("gradient", self.gradient, GRADIENTS)
+
+    def factor(self, loss: Tensor, valid: Tensor) -> Tensor:
+        miss = -torch.expm1(-(loss.detach() if self.gradient == "detached" else loss))  # 1 - p
+        return self.alpha * miss**self.gamma
+
+
+@dataclass(frozen=True, eq=False)
+class HardRows(Mining):
+    """Hard-row mining (HM-Softmax, OHEM): only the rows with the largest losses count.
+
+    Equivalent to: `loss.topk(max(1, int(keep * B))).values`, B without the ignored rows; the others weigh 0, and the
+    mean is over the kept ones. Among equal losses the first rows are kept.
+    Args: keep in (0, 1] (default 0.9).
+    Source: Shrivastava et al. 2016, OHEM (arXiv 1604.03540), as in xiaoboCASIA/SV-X-Softmax.
+    """
+
+    keep: float = 0.9
+
+    def __post_init__(self) -> None:
+        number("keep", self.keep, 1e-9, 1)
+
+    def factor(self, loss: Tensor, valid: Tensor) -> Tensor:
+        hardness = torch.where(valid, loss.detach(), -torch.inf)
+        rank = hardness.argsort(descending=True, stable=True).argsort()
+        kept = (self.keep * valid.sum() + 1e-6).floor().clamp_min(1)  # 0.9 * 10 is 8.999... in some dtypes
+        return ((rank < kept) & valid).to(loss.dtype)
+
+    def counts(self, factor: Tensor) -> Tensor:
+        return factor
+
+
+def check_reduction(reduction: str) -> None:
+    choice("reduction", reduction, REDUCTIONS)
+
+
+def check_extras(smoothing: float, mining: Mining | None, weights: Tensor | None, softmax: bool) -> None:
+    """Raises for what the row work cannot take."""
+    number("label_smoothing", smoothing, 0, 1 - 1e-6)
+    if smoothing and not softmax:
+        raise ValueError("label_smoothing is defined for a softmax; this loss has none: expected label_smoothing=0")
+    if mining is not None and not isinstance(mining, Mining):
+        raise TypeError(f"mining: got {mining!r}; expected fm.Focal(), fm.HardRows() or None")
+    if weights is not None and not isinstance(weights, Tensor):
+        raise TypeError(f"weights: got {type(weights).__name__}; expected a tensor")
+
+
+def smoothed(loss: Tensor, out: Outcome, smoothing: float, num_classes: int) -> Tensor:
+    """The cross-entropy against (1 - eps) one-hot + eps / C, from the plain one."""
+    return loss + smoothing * (out.z - (out.z + out.sum_u) / num_classes) if smoothing else loss
+
+
+def row_weights(
+    labels: Tensor, num_classes: int, dtype: torch.dtype, by_sample: Tensor | None, by_class: Tensor | None
+) -> Tensor | float:
+    """The product of sample and class weights at the rows, [B], or 1.0."""
+    weights = 1.0
+    if by_sample is not None:
+        weights = weights * gather_rows(PerSample(by_sample), labels, num_classes, dtype, "sample_weight")
+    if by_class is not None:
+        weights = weights * gather_rows(PerClass(by_class), labels, num_classes, dtype, "class_weight")
+    return weights
+
+
+def reduced(loss: Tensor, valid: Tensor, weights: Tensor | float, mining: Mining | None, reduction: str) -> Tensor:
+    """Mining, weights and reduction; the mean divides by the weights of the rows that count, and is 0 without any."""
+    counts = weights * valid.to(loss.dtype)
+    loss = torch.where(valid, loss, 0)
+    if mining is not None:
+        factor = mining.factor(loss, valid)
+        loss, counts = loss * factor, counts * mining.counts(factor)
+    loss = loss * weights if isinstance(weights, Tensor) else loss
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    count = counts.sum()
+    return total / torch.where(count > 0, count, 1)

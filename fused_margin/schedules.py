@@ -1,0 +1,131 @@
+"""Margins that change during a training: a schedule gives a number for each step, `MarginSchedule` puts it in place.
+
+    margin = fm.ArcFace(torch.tensor(0.0))                               # a 0-dim tensor: what may change
+    head = fm.MarginHead(512, 1000, margin)
+    warm_up = fm.schedules.MarginSchedule(head, "m", fm.schedules.Linear(0.0, 0.5, steps=1000))
+    ... optimizer.step(); warm_up.step()
+
+The number is written into the head's own tensor: nothing is compiled anew, and no device is waited for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .margins.base import number
+
+Schedule = Callable[[int], float]
+
+
+@dataclass(frozen=True)
+class Linear:
+    """From `start` to `end` in equal steps, then `end`.
+
+    Equivalent to: `start + (end - start) * min(step / steps, 1)`
+    """
+
+    start: float
+    end: float
+    steps: int
+
+    def __post_init__(self) -> None:
+        number("start", self.start)
+        number("end", self.end)
+        number("steps", self.steps, 1)
+
+    def __call__(self, step: int) -> float:
+        return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
+
+
+@dataclass(frozen=True)
+class Exponential:
+    """From `start` to `end`, quickly at first (WeSpeaker's margin warm-up), then `end`.
+
+    Equivalent to: `start + (end - start) * (1 - exp(-rate * step / steps)) / (1 - exp(-rate))` until `steps`
+    Args: rate > 0 (default 6.9 = log 1000).
+    """
+
+    start: float
+    end: float
+    steps: int
+    rate: float = math.log(1000)
+
+    def __post_init__(self) -> None:
+        number("start", self.start)
+        number("end", self.end)
+        number("steps", self.steps, 1)
+        number("rate", self.rate, 1e-6)
+
+    def __call__(self, step: int) -> float:
+        done = math.expm1(-self.rate * min(step / self.steps, 1.0)) / math.expm1(-self.rate)
+        return self.start + (self.end - self.start) * done
+
+
+@dataclass(frozen=True)
+class SphereFaceAnnealing:
+    """The lambda of `Annealed`, from `base` down to `minimum`.
+
+    Equivalent to: `max(minimum, base * (1 + gamma * step) ** -power)`
+    Source: the Caffe prototxt of SphereFace (1000, 0.12, 1, 5); clcarwin's is (1500, 0.1, 1, 5).
+    """
+
+    base: float = 1000.0
+    gamma: float = 0.12
+    power: float = 1.0
+    minimum: float = 5.0
+
+    def __post_init__(self) -> None:
+        for name in ("base", "gamma", "power", "minimum"):
+            number(name, getattr(self, name), 0)
+
+    def __call__(self, step: int) -> float:
+        return max(self.minimum, self.base * (1 + self.gamma * step) ** -self.power)
+
+
+class MarginSchedule:
+    """Writes a schedule's number into a tensor of a head's margin (or its scale) at each `step()`.
+
+    Args: head: a MarginHead; name: the parameter as the margin calls it ("m", "t", "base.m", "lam"), or "scale";
+        schedule: a function of the step, which starts at 0. Its state_dict is the step.
+    """
+
+    def __init__(self, head: nn.Module, name: str, schedule: Schedule) -> None:
+        self.head, self.name, self.schedule, self.last_step = head, name, schedule, 0
+        self._write()
+
+    def _tensor(self) -> Tensor:
+        """Looked up each time: `.to(device)` makes new tensors."""
+        held = {"scale": self.head.scale} if self.name == "scale" else self.head.margin.tensors()
+        tensor = held.get(self.name)
+        if not isinstance(tensor, Tensor):
+            have = ", ".join(map(repr, held)) or "none"
+            raise ValueError(
+                f"the margin has no tensor {self.name!r} (it has {have}); to change it during a training, make it "
+                f"a tensor: fm.ArcFace(torch.tensor(0.5)) has 'm'"
+            )
+        return tensor
+
+    @torch.no_grad()
+    def _write(self) -> None:
+        self._tensor().fill_(self.value)
+
+    @property
+    def value(self) -> float:
+        return float(self.schedule(self.last_step))
+
+    def step(self) -> None:
+        """Call it after the optimizer's."""
+        self.last_step += 1
+        self._write()
+
+    def state_dict(self) -> dict[str, int]:
+        return {"last_step": self.last_step}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self.last_step = int(state["last_step"])
+        self._write()

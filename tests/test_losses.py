@@ -1,0 +1,157 @@
+"""Every loss of docs/losses.md on every backend against its dense formula: error rule, both gradient conventions."""
+
+import contextlib
+import functools
+
+import pytest
+import torch
+
+import fused_margin as fm
+from fused_margin.functional import margin_cross_entropy
+
+from . import oracle
+from .cases import BF16, FP32, FP64, Mode, spread
+from .error_rule import ErrorRule
+from .loss_oracle import LOSSES, Dense, Loss
+
+BATCH, CLASSES, DIM = 41, 131, 32
+MODES = {"fp64": FP64, "fp32": FP32, "bf16": BF16}
+
+
+@functools.lru_cache(maxsize=64)
+def data(name: str, mode: Mode, seed: int, shape: tuple[int, int, int] = (BATCH, CLASSES, DIM)):
+    """x, w and labels; rows with a cosine near a step of N, and one other, are ignored."""
+    loss, (batch, classes, dim) = LOSSES[name], shape
+    x, w, labels = spread(batch, classes * loss.centres, dim, seed)
+    labels = labels // loss.centres
+    x, w = x.to(mode.x), w.to(mode.w)
+    if loss.scale == "norm":
+        x = x * 8
+    labels[1] = -100
+    if loss.tau is not None:
+        found = oracle.cosines(x.double(), w.double(), labels.clamp_min(0))
+        near = (found.c - loss.tau(found.c_y)[:, None]).abs() < mode.mask_gap(dim)
+        labels[(near & found.rival).any(1)] = -100
+        assert int((labels >= 0).sum()) >= batch // 4
+    return x, w, labels
+
+
+def upstream(batch: int) -> torch.Tensor:
+    return torch.linspace(0.5, 1.5, batch, dtype=torch.float64)
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype):
+    """States and parameters are made in it."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    yield
+    torch.set_default_dtype(before)
+
+
+def options(loss: Loss, classes: int) -> dict:
+    normalize = {"normalize_embeddings": False, "normalize_weight": False} if loss.products else {}
+    return {"scale": loss.scale} | normalize | loss.options(classes)
+
+
+def parameters(margin: fm.Margin) -> dict[str, torch.Tensor]:
+    return dict(margin.named_parameters()) if isinstance(margin, torch.nn.Module) else {}
+
+
+def library(name, mode, inputs, backend, gradient):
+    """Losses and all gradients, the margin's parameters' too."""
+    loss = LOSSES[name]
+    x, w, labels = inputs
+    torch.manual_seed(5)
+    classes = len(w) // loss.centres
+    with default_dtype(mode.acc):
+        margin, given = loss.make(classes, x.shape[1], gradient=gradient), options(loss, classes)
+    x, w = (t.detach().requires_grad_() for t in (x, w))
+    torch.manual_seed(6)
+    rows = margin_cross_entropy(x, w, labels, margin, reduction="none", backend=backend, **given)
+    return with_gradients(rows, {"x": x, "w": w} | parameters(margin))
+
+
+def with_gradients(rows, leaves):
+    grads = torch.autograd.grad(rows, list(leaves.values()), upstream(len(rows)).to(rows.dtype))
+    return {"loss": rows.detach()} | {f"d_{n}": g for n, g in zip(leaves, grads, strict=True)}
+
+
+def dense(name, mode, inputs, gradient, dtype=None, operands=None):
+    """The same from the oracle, on the tensors as they are or as `dtype`."""
+    loss = LOSSES[name]
+    x, w, labels = inputs
+    torch.manual_seed(5)
+    with default_dtype(mode.acc):
+        given = parameters(loss.make(len(w) // loss.centres, x.shape[1], gradient=gradient))
+    leaves = {n: t.detach().to(dtype or t.dtype).requires_grad_() for n, t in ({"x": x, "w": w} | given).items()}
+    valid, y = labels >= 0, labels.clamp_min(0)
+    acc = torch.float64 if leaves["x"].dtype == torch.float64 else torch.float32
+    on = (not loss.products,) * 2
+    found = oracle.cosines(leaves["x"], leaves["w"], y, sub_centers=loss.centres, normalize=on, operands=operands)
+    norm = leaves["x"].to(acc).norm(dim=1)
+    s = norm if loss.scale == "norm" else torch.full((len(x),), float(loss.scale), dtype=acc)
+    w_norm = leaves["w"].to(acc)[y].norm(dim=1)
+    p = {n: leaves[n].to(acc) for n in given}
+    torch.manual_seed(6)
+    d = Dense(*found, valid, s, norm, w_norm, p, mode.acc, gradient == "detached")
+    return with_gradients(torch.where(valid, loss.rows(d), 0.0), leaves)
+
+
+def check(name, mode, backend, gradient, draws):
+    if backend != "reference" and not LOSSES[name].kernel:
+        pytest.skip(f"{backend}: {name} is a loss of the reference backend")
+    rule = ErrorRule()
+    for first, last in ((0, draws), (draws, 4 * draws), (4 * draws, 16 * draws)):
+        for seed in range(first, last):
+            inputs = data(name, mode, seed)
+            exact = dense(name, mode, inputs, gradient, torch.float64)
+            plain = None if mode.x == torch.float64 else dense(name, mode, inputs, gradient, None, mode.operands)
+            rule.add_all(library(name, mode, inputs, backend, gradient), plain, exact)
+        if not rule.failures() or mode.x == torch.float64:
+            break  # else plain PyTorch may have been lucky: more draws decide, not a wider limit
+    rule.check()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss(name, mode, backend):
+    check(name, MODES[mode], backend, "exact", 1 if mode == "fp64" else 4)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_detached(name, backend):
+    check(name, FP64, backend, "detached", 1)
+
+
+@pytest.mark.parametrize("name", [n for n, loss in LOSSES.items() if loss.exact])
+def test_gradcheck(name, backend):
+    """Where the gradient is the slope of the loss: by x, w and the margin's parameters."""
+    loss = LOSSES[name]
+    if backend != "reference" and not loss.kernel:
+        pytest.skip(f"{backend}: {name} is a loss of the reference backend")
+    x, w, labels = data(name, FP64, 3, (6, 8, 5))
+    margin = loss.make(8, 5, gradient="exact")
+    if isinstance(margin, torch.nn.Module):
+        margin.double()
+
+    def run(x, w, *learned):
+        torch.manual_seed(6)
+        return margin_cross_entropy(x, w, labels, margin, reduction="none", backend=backend, **options(loss, 8))
+
+    learned = parameters(margin).values()
+    leaves = (x.clone().requires_grad_(), w.clone().requires_grad_(), *learned)
+    assert torch.autograd.gradcheck(run, leaves, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [n for n, loss in LOSSES.items() if not loss.kernel])
+def test_reference_only_losses_say_so(name):
+    if fm.why_not("cpu"):
+        pytest.skip(f"cpu: {fm.why_not('cpu')}")
+    loss = LOSSES[name]
+    x, w, labels = data(name, FP32, 0)
+    margin = loss.make(CLASSES, DIM)
+    with pytest.raises(ValueError, match=r"no kernel has the rival rule '.*'; csrc/README\.md says how one is added"):
+        margin_cross_entropy(x, w, labels, margin, backend="cpu", **options(loss, CLASSES))
+    with pytest.warns(fm.FallbackWarning, match="no kernel has the rival rule"):
+        margin_cross_entropy(x, w, labels, margin, **options(loss, CLASSES))

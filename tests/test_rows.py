@@ -1,0 +1,190 @@
+"""Row work: mining, weights, smoothing, together and with ignored rows; against plain PyTorch."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fused_margin as fm
+from fused_margin.functional import margin_cross_entropy
+
+from . import oracle
+from .cases import spread
+
+B, C, D = 24, 30, 12
+
+
+@pytest.fixture
+def inputs():
+    x, w, labels = spread(B, C, D, 0)
+    labels[[3, 9]] = -100
+    return x.requires_grad_(), w.requires_grad_(), labels
+
+
+def logits(x, w, labels, scale=16.0, m=0.2):
+    found = oracle.cosines(x, w, labels.clamp_min(0))
+    return scale * torch.where(found.rival, found.c, found.c - m)
+
+
+def compare(got, expected, leaves):
+    torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+    g = torch.linspace(0.5, 1.5, got.numel(), dtype=got.dtype).reshape(got.shape)
+    for a, b in zip(torch.autograd.grad(got, leaves, g), torch.autograd.grad(expected, leaves, g), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_class_weights_and_ignored_rows(inputs, backend, reduction):
+    x, w, labels = inputs
+    weights = torch.linspace(0, 2, C, dtype=torch.float64)
+    got = margin_cross_entropy(
+        x, w, labels, fm.CosFace(0.2), scale=16.0, class_weight=weights, reduction=reduction, backend=backend
+    )
+    compare(got, F.cross_entropy(logits(x, w, labels), labels, weights, reduction=reduction), (x, w))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_label_smoothing(inputs, backend, reduction):
+    x, w, labels = inputs
+    bias = torch.linspace(-1, 1, C, dtype=torch.float64).requires_grad_()
+    got = margin_cross_entropy(
+        x, w, labels, fm.CosFace(0.2), scale=16.0, bias=bias, label_smoothing=0.3, reduction=reduction, backend=backend
+    )
+    expected = F.cross_entropy(logits(x, w, labels) + bias, labels, label_smoothing=0.3, reduction=reduction)
+    compare(got, expected, (x, w, bias))
+
+
+def test_sample_weights(inputs, backend):
+    x, w, labels = inputs
+    weights = torch.rand(B, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    rows = F.cross_entropy(logits(x, w, labels), labels, reduction="none")
+    got = margin_cross_entropy(x, w, labels, fm.CosFace(0.2), scale=16.0, sample_weight=weights, backend=backend)
+    compare(got, (rows * weights).sum() / weights[labels >= 0].sum(), (x, w))
+
+
+@pytest.mark.parametrize("keep", [0.05, 0.5, 0.9, 1.0])
+def test_hard_rows(inputs, backend, keep):
+    x, w, labels = inputs
+    rows = F.cross_entropy(logits(x, w, labels), labels, reduction="none")[labels >= 0]
+    got = margin_cross_entropy(x, w, labels, fm.CosFace(0.2), scale=16.0, mining=fm.HardRows(keep), backend=backend)
+    compare(got, rows.topk(max(1, int(keep * 22))).values.mean(), (x, w))
+
+
+def test_hard_rows_among_equals():
+    loss = torch.tensor([1.0, 2.0, 2.0, 2.0, 0.5])
+    valid = torch.tensor([True, True, True, True, True])
+    assert fm.HardRows(0.4).factor(loss, valid).tolist() == [0, 1, 1, 0, 0]
+    valid[1] = False
+    assert fm.HardRows(0.5).factor(loss, valid).tolist() == [0, 0, 1, 1, 0]
+    assert fm.HardRows(0.9).factor(torch.arange(10.0), torch.ones(10, dtype=torch.bool)).sum() == 9
+
+
+def test_focal_gradient_in_closed_form():
+    """The factor of the row's cross-entropy gradient: (1 - p)^g - g p (1 - p)^(g - 1) log p."""
+    p = torch.linspace(0.01, 0.99, 50, dtype=torch.float64)
+    for gradient in ("exact", "detached"):
+        loss = (-p.log()).requires_grad_()
+        focal = fm.Focal(2.5, 0.7, gradient=gradient)
+        (slope,) = torch.autograd.grad((loss * focal.factor(loss, torch.ones_like(p).bool())).sum(), loss)
+        expected = (1 - p) ** 2.5 - (2.5 * p * (1 - p) ** 1.5 * p.log() if gradient == "exact" else 0)
+        torch.testing.assert_close(slope, 0.7 * expected)
+
+
+def test_focal_of_a_mean_is_another_loss(inputs):
+    """The trap: per sample, not on the mean."""
+    x, w, labels = inputs
+    rows = F.cross_entropy(logits(x, w, labels), labels, reduction="none")[labels >= 0]
+    got = margin_cross_entropy(x, w, labels, fm.CosFace(0.2), scale=16.0, mining=fm.Focal(2))
+    torch.testing.assert_close(got, ((1 - torch.exp(-rows)) ** 2 * rows).mean())
+    assert abs(got.item() - ((1 - torch.exp(-rows.mean())) ** 2 * rows.mean()).item()) > 1e-3
+
+
+def test_all_together(inputs, backend):
+    x, w, labels = inputs
+    sample, classes = torch.linspace(0.5, 1, B).double(), torch.linspace(0.2, 2, C).double()
+    got = margin_cross_entropy(
+        x, w, labels, fm.CosFace(0.2), scale=16.0, label_smoothing=0.1, mining=fm.Focal(2), sample_weight=sample,
+        class_weight=classes, backend=backend,
+    )  # fmt: skip
+    valid = labels >= 0
+    rows = F.cross_entropy(logits(x, w, labels), labels, reduction="none", label_smoothing=0.1)
+    weights = sample * classes[labels.clamp_min(0)]
+    compare(got, ((1 - torch.exp(-rows)) ** 2 * rows * weights)[valid].sum() / weights[valid].sum(), (x, w))
+
+
+@pytest.mark.parametrize("mining", [None, fm.Focal(1), fm.HardRows(0.5)], ids=["none", "focal", "hard"])
+def test_no_valid_row(inputs, backend, mining):
+    x, w, labels = inputs
+    for rows in (slice(0, 0), slice(0, B)):
+        loss = margin_cross_entropy(
+            x[rows], w, torch.full_like(labels, -100)[rows], fm.ArcFace(), mining=mining, backend=backend
+        )
+        assert loss.item() == 0
+        assert not any(g.any() for g in torch.autograd.grad(loss, (x, w)))
+
+
+def test_the_head_has_them(inputs):
+    x, _, labels = inputs
+    weights = torch.linspace(0.1, 2, C, dtype=torch.float64)
+    head = fm.MarginHead(
+        D, C, fm.CosFace(0.2), 16.0, class_weight=weights, label_smoothing=0.1, mining=fm.HardRows(0.7), dtype=x.dtype
+    )
+    assert set(head.state_dict()) == {"weight", "class_weight"}
+    sample = torch.linspace(0.5, 1, B, dtype=torch.float64)
+    expected = margin_cross_entropy(
+        x, head.weight, labels, fm.CosFace(0.2), scale=16.0, class_weight=weights, label_smoothing=0.1,
+        mining=fm.HardRows(0.7), sample_weight=sample,
+    )  # fmt: skip
+    torch.testing.assert_close(head(x, labels, sample_weight=sample), expected)
+
+
+BAD = {
+    "gamma": (lambda x, w, y: fm.Focal(0.5), ValueError, r"gamma = 0.5; expected .* in \[1, 1000\]: below 1 the slope"),
+    "keep": (lambda x, w, y: fm.HardRows(0.0), ValueError, "keep = 0.0"),
+    "smoothing": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.ArcFace(), label_smoothing=1.5),
+        ValueError,
+        "label_smoothing = 1.5",
+    ),
+    "smoothing without softmax": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.UniFace(C), label_smoothing=0.1),
+        ValueError,
+        "label_smoothing is defined for a softmax",
+    ),
+    "mining": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.ArcFace(), mining=2.0),
+        TypeError,
+        r"mining: got 2.0; expected fm.Focal\(\)",
+    ),
+    "sample weights": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.ArcFace(), sample_weight=torch.ones(5)),
+        ValueError,
+        r"sample_weight: got a tensor of shape \[5\]",
+    ),
+    "class weights": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.ArcFace(), class_weight=torch.ones(5)),
+        ValueError,
+        r"class_weight: got a tensor of shape \[5\]",
+    ),
+    "bias of UniFace": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.UniFace(C), bias=torch.zeros(C)),
+        ValueError,
+        "UniFace has a bias of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_arguments(name, inputs):
+    run, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        run(*inputs)
+
+
+def test_focal_of_large_and_small_losses():
+    """1 - p by expm1: right at a loss of 1e-12 and of 1e3."""
+    loss = torch.tensor([0.0, 1e-12, 1e3], dtype=torch.float64)
+    factor = fm.Focal(1.0).factor(loss, torch.ones(3, dtype=torch.bool))
+    torch.testing.assert_close(factor, loss.new_tensor([0.0, 1e-12, 1.0]), rtol=1e-10, atol=0)
+    assert math.isfinite(float(factor.sum()))
