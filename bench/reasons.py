@@ -1,0 +1,31 @@
+"""Why a row is lost: where the fused head is slower than a method, the tables say why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from .cases import Case
+
+UNKNOWN = "the reason is not known yet"
+
+
+class Reason(NamedTuple):
+    """A reason, and the cases and methods that it is one for."""
+
+    holds: Callable[[Case, str], bool]
+    text: str
+
+
+REASONS: list[Reason] = [
+    Reason(
+        lambda case, method: case.mode == "forward",
+        "without a backward there is nothing to recompute, and one matrix product of the library's own is as good as "
+        "the kernel's; the gain is memory",
+    ),
+]
+
+
+def reason(case: Case, method: str) -> str:
+    """The first that holds."""
+    return next((r.text for r in REASONS if r.holds(case, method)), UNKNOWN)
