@@ -39,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, help="the CSV (default bench/results/DEVICE.csv for a whole run)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()), help="default %(default)s")
-    parser.add_argument("--budget", type=float, help="seconds of repeats a method gets in a case (default 6)")
+    parser.add_argument("--budget", type=float, help="seconds of repeats a method gets in a case (default 3)")
     parser.add_argument("--memory-limit", type=float, metavar="GB", help="of a process (default 0.9 of what is free)")
     parser.add_argument("--insightface", metavar="PATH", help="recognition/arcface_torch of a clone of InsightFace")
     parser.add_argument("--cut-cross-entropy", metavar="PATH", help="a clone, if it is not installed")
@@ -104,12 +104,12 @@ def measure(args: argparse.Namespace, path: Path, chosen: list[Case], methods: l
     if len(chosen) > len(todo):
         print(f"{len(chosen) - len(todo)} of {len(chosen)} cases are in {start} already; --fresh measures them anew")
     limit = run.default_memory_limit() if args.memory_limit is None else int(args.memory_limit * 2**30)
-    budget = args.budget or (0.2 if args.smoke else 6.0)
+    budget = args.budget or (0.2 if args.smoke else 3.0)
     seen = sys.stderr.isatty()  # in a log, a line in a while is enough
     steps = sum(len(names) + 1 for names in todo.values())
     with tqdm(total=steps, unit="step", disable=not todo, mininterval=0.1 if seen else 20) as bar:
         peers = Peers(args.insightface, args.cut_cross_entropy)
-        limits = run.Limits(limit, budget, memory_of=1 if args.smoke else None)
+        limits = run.Limits(limit, budget, quick=args.smoke)
         bench = run.Bench(peers, limits, lambda text: bar.set_postfix_str(text, refresh=seen))
         for case, names in todo.items():
             bar.set_description(case.name, refresh=seen)

@@ -111,7 +111,7 @@ def memory_job(case: Case, job: dict[str, Any], emit: Emit) -> None:
 
 
 def _through_gate(case: Case, name: str, run: Run, want: gate.Expected, budget: float, emit: Emit) -> float | None:
-    """Seconds of a warm step, or None if no more steps follow: the gate is red, it fails, or one was enough."""
+    """Seconds of a step, or None if no more steps follow: the gate is red, it fails, or one was enough."""
     try:
         run.clear()
         losses: list[torch.Tensor] = []
@@ -123,7 +123,7 @@ def _through_gate(case: Case, name: str, run: Run, want: gate.Expected, budget: 
             emit(method=name, status="red gate", note=reason, error=error)
             return None
         slow = not METHODS[name].compiles and repeats(seconds, budget) == 1
-        if not slow:
+        if METHODS[name].compiles or seconds < 1:  # the first step of all may be much slower than the others
             seconds = timed(run, case.device, before=run.clear)
         run.clear()
     except Exception as problem:  # of anybody's code

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from .methods import METHODS
 from .results import Row
 
 Say = Callable[[str], None]
+PLAIN = Case(batch=0, classes=0)  # of the axes of classes and batch
 
 
 @dataclass
@@ -28,9 +29,9 @@ class Limits:
     """What a method may use."""
 
     memory: int  # bytes a process, 0 for no limit
-    budget: float = 6.0  # seconds of repeats of one method
+    budget: float = 3.0  # seconds of repeats of one method
     seconds: float = 150.0  # of one child that measures memory; the one that takes times gets this for each method
-    memory_of: int | None = None  # how many cases have their memory measured
+    quick: bool = False  # memory is measured once, to see that it can be
 
 
 class Died(RuntimeError):
@@ -124,7 +125,7 @@ class Bench:
             reason = METHODS[name].why_not(case, self.peers)
             if reason:
                 row.status, row.note = "skipped", reason
-            elif self.limits.memory_of is None or self.cases < self.limits.memory_of:
+            elif self._wants_memory(case, name):
                 self.say(f"memory of {name}")
                 self._measure_memory(row)
             progress()
@@ -134,6 +135,13 @@ class Bench:
         for row in rows.values():
             self._finish(row)
         return list(rows.values())
+
+    def _wants_memory(self, case: Case, name: str) -> bool:
+        """Of all methods where memory is what matters, elsewhere of the two in the table: a process takes seconds."""
+        if self.limits.quick:
+            return self.cases == 0
+        plain = replace(case, batch=0, classes=0, threads=PLAIN.threads, device=PLAIN.device) == PLAIN
+        return name in ("fused", "eager") or case.margin == "normface" or plain
 
     def _measure_memory(self, row: Row) -> None:
         try:

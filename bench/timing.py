@@ -10,7 +10,7 @@ import torch
 
 MOST, LEAST = 9, 3
 TOO_SLOW = 3  # budgets
-HOPELESS = 10  # budgets: a step that takes longer is not waited for
+HOPELESS = 20  # budgets: a step that takes longer is not waited for
 SHORT = (
     0.02  # seconds: a repeat that is shorter is the mean of several, so that the clock and the scheduler matter less
 )
