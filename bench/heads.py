@@ -18,6 +18,7 @@ import fused_margin as fm
 from .cases import Case
 
 COSFACE_M, SPHEREFACE_M, SV_T = 0.35, 1.7, 1.2
+NEARNESS = 0.2
 
 
 def sphereface(cos_y: Tensor) -> Tensor:
@@ -49,10 +50,13 @@ class Inputs(NamedTuple):
 
 
 def inputs_of(case: Case) -> Inputs:
-    """Embeddings near their classes' weights, as in training: cos_y is about 0.45, so that a margin's slope shows."""
+    """Embeddings a little near their classes' weights: cos_y is about 0.2.
+
+    So a margin's slope shows, and neither does a loss vanish (NormFace) nor exceed what InsightFace clamps it to (69).
+    """
     embeddings, weight, labels = make_inputs(Size(case.classes, case.batch, case.dim))
     with torch.no_grad():
-        embeddings += 0.5 * math.sqrt(case.dim) * F.normalize(weight[labels])
+        embeddings += NEARNESS * math.sqrt(case.dim) * F.normalize(weight[labels])
     if case.device != "cpu":
         embeddings, weight, labels = (t.detach().to(case.device) for t in (embeddings, weight, labels))
     return Inputs(embeddings.detach().requires_grad_(), weight.detach().requires_grad_(case.mode != "frozen"), labels)

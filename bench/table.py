@@ -24,7 +24,7 @@ AXIS_TITLES = {
     "classes": "classes", "batch": "batch", "dim": "dimension", "dtype": "bfloat16 operands (autocast)",
     "margin": "margin", "mode": "mode", "threads": "threads", "small": "small heads",
 }  # fmt: skip
-MARKS = {"out of memory": "memory", "red gate": "wrong", "too slow": "too slow", "failed": "failed", "skipped": ""}
+MARKS = {"out of memory": "memory", "red gate": "wrong", "too slow": "too slow", "failed": "failed", "skipped": "-"}
 
 
 def seconds(value: float) -> str:
@@ -47,9 +47,13 @@ def interval(value: Spread) -> str:
     return f"{value.median:.{digits}f}x ({value.p20:.{digits}f}-{value.p80:.{digits}f})"
 
 
+def shape(case: Case) -> str:
+    return f"{case.batch} x {case.classes:,} x {case.dim}"
+
+
 def title(case: Case) -> str:
     """What is special about a case."""
-    words = [f"{case.batch} x {case.classes:,} x {case.dim}"]
+    words = [shape(case)]
     centre = Case(threads=case.threads, device=case.device)
     words += [word for word, usual in ((case.margin, centre.margin), (case.dtype, centre.dtype)) if word != usual]
     if case.mode != centre.mode:
@@ -141,7 +145,7 @@ def normface_table(rows: list[Row], notes: Notes) -> list[str]:
     cases = [of_case for case, of_case in by_case(rows).items() if case.margin == "normface"]
     lines = []
     for of_case in cases:
-        lines += ["", f"NormFace (no margin), {title(of_case[0].case)}, beside fused linear and cross-entropy:", ""]
+        lines += ["", f"NormFace (no margin), {shape(of_case[0].case)}, beside fused linear and cross-entropy:", ""]
         lines += ["| method | median | `fused` is | memory |", "|---|---|---|---|"]
         for row in of_case:
             if row.status == "skipped":
