@@ -122,8 +122,9 @@ def _through_gate(case: Case, name: str, run: Run, want: gate.Expected, budget: 
         if reason:
             emit(method=name, status="red gate", note=reason, error=error)
             return None
-        slow = not METHODS[name].compiles and repeats(seconds, budget) == 1
-        if METHODS[name].compiles or seconds < 1:  # the first step of all may be much slower than the others
+        method = METHODS[name]
+        slow = not method.compiles and repeats(seconds, budget, method.baseline) == 1
+        if method.compiles or seconds < 1:  # the first step of all may be much slower than the others
             seconds = timed(run, case.device, before=run.clear)
         run.clear()
     except Exception as problem:  # of anybody's code
@@ -154,7 +155,7 @@ def time_job(case: Case, job: dict[str, Any], emit: Emit) -> None:
             continue
         one = _through_gate(case, name, run, expected[detached], budget, emit)
         if one is not None:
-            runs[name] = (run, repeats(one, budget), inner_loops(one))
+            runs[name] = (run, repeats(one, budget, METHODS[name].baseline), inner_loops(one))
     expected.clear()
     _tidy()
     for number in range(max((count for _, count, _ in runs.values()), default=0)):

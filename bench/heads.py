@@ -111,7 +111,8 @@ class Method:
     """One way to compute a head.
 
     build: the run of a case on its inputs. why_not: reasons, in words, why this cannot run here or is not made for a
-    case; empty if it can. compiles: its first step compiles, so the second one is measured. detached: its gradient
+    case; empty if it can. compiles: its first step compiles, so the second one is measured. baseline: it is repeated even where
+    it is slow. detached: its gradient
     takes the margin's slope as 1, so the gate compares it with that.
     """
 
@@ -119,6 +120,7 @@ class Method:
     what: str
     why_not: Callable[[Case, Peers], str] = lambda case, peers: ""
     compiles: bool = False
+    baseline: bool = False
     detached: bool = False
 
 
@@ -155,7 +157,7 @@ def _fused(case: Case, inputs: Inputs, peers: Peers) -> Run:
 
 
 OWN = {
-    "fused": Method(_fused, "`fm.functional.margin_cross_entropy`"),
-    "eager": Method(_eager, "plain PyTorch: normalize, linear, margin, cross_entropy"),
-    "torch-compile": Method(_compiled, "`torch.compile` of the plain head", compiles=True),
+    "fused": Method(_fused, "`fm.functional.margin_cross_entropy`", baseline=True),
+    "eager": Method(_eager, "plain PyTorch: normalize, linear, margin, cross_entropy", baseline=True),
+    "torch-compile": Method(_compiled, "`torch.compile` of the plain head", compiles=True, baseline=True),
 }

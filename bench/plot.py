@@ -29,7 +29,7 @@ COLOURS = {
     "insightface": "#c98b2b",
 }
 FLOOR, INK, GRID = "#777777", "#333333", "#e4e4e4"
-FIT_FROM = 30_000  # classes: below, overhead is part of the time, and no exponent means anything
+FIT_FROM = 10_000  # classes: below, overhead is part of the time, and no exponent means anything
 GB = 2**30
 
 

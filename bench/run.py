@@ -21,7 +21,7 @@ from .methods import METHODS
 from .results import Row
 
 Say = Callable[[str], None]
-PLAIN = Case(batch=0, classes=0)  # of the axes of classes and batch
+PLAIN = Case(classes=0)  # of the axis of classes
 
 
 @dataclass
@@ -140,7 +140,7 @@ class Bench:
         """Of all methods where memory is what matters, elsewhere of the two in the table: a process takes seconds."""
         if self.limits.quick:
             return self.cases == 0
-        plain = replace(case, batch=0, classes=0, threads=PLAIN.threads, device=PLAIN.device) == PLAIN
+        plain = replace(case, classes=0, threads=PLAIN.threads, device=PLAIN.device) == PLAIN
         return name in ("fused", "eager") or case.margin == "normface" or plain
 
     def _measure_memory(self, row: Row) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 
 MOST, LEAST = 9, 3
-TOO_SLOW = 3  # budgets
+TOO_SLOW, TOO_SLOW_BASELINE = 1, 8  # budgets: a step that takes longer is not repeated
 HOPELESS = 20  # budgets: a step that takes longer is not waited for
 SHORT = (
     0.02  # seconds: a repeat that is shorter is the mean of several, so that the clock and the scheduler matter less
@@ -41,9 +41,12 @@ def _cuda_seconds(work: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def repeats(one: float, budget: float) -> int:
-    """How many repeats of `one` seconds each: as many as the budget pays, at least 3, but 1 of what is far too slow."""
-    if one > TOO_SLOW * budget:
+def repeats(one: float, budget: float, baseline: bool = False) -> int:
+    """How many repeats of `one` seconds each: as many as the budget pays, at least 3, but 1 of what is far too slow.
+
+    A baseline may take longer: its ratio is worth an interval.
+    """
+    if one > budget * (TOO_SLOW_BASELINE if baseline else TOO_SLOW):
         return 1
     return max(LEAST, min(MOST, math.floor(budget / max(one, 1e-9))))
 
