@@ -110,10 +110,9 @@ class Peers(NamedTuple):
 class Method:
     """One way to compute a head.
 
-    build: the run of a case on its inputs. why_not: reasons, in words, why this cannot run here or is not made for a
-    case; empty if it can. compiles: its first step compiles, so the second one is measured. baseline: it is repeated even where
-    it is slow. detached: its gradient
-    takes the margin's slope as 1, so the gate compares it with that.
+    build: the run of a case on its inputs. why_not: in words, why this cannot run here or is not made for a case; empty
+    if it can. compiles: its first step compiles, so the second one is measured. baseline: it is repeated even where it
+    is slow. detached: its gradient takes the margin's slope as 1, so the gate compares it with that.
     """
 
     build: Callable[[Case, Inputs, Peers], Run]

@@ -20,13 +20,8 @@ class Reason(NamedTuple):
 REASONS: list[Reason] = [
     Reason(
         lambda case, method: case.trains_weight and case.classes <= 2_000,
-        "at so few classes the logits stay in the cache, and keeping them (6 operations for each number of the products) "
-        "costs less than a second computation (8), which is what saves the memory at many",
-    ),
-    Reason(
-        lambda case, method: case.mode == "forward",
-        "without a backward there is nothing to recompute, and one matrix product of the library's own is as good as "
-        "the kernel's; the gain is memory",
+        "at so few classes the logits stay in the cache, and keeping them (6 operations a number) costs less than "
+        "computing them a second time (8), which is what saves the memory at many",
     ),
 ]
 
