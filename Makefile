@@ -1,9 +1,11 @@
 # One command for each job; each brings .venv and the extension up to date first. Needs Python >= 3.10 and a C++ compiler.
-#   make test | demo [MARGIN='...'] | lint | format | bench | mutants | build | clean      TORCH=torch==2.13.0  PYTHON=python3
+#   make test | demo [MARGIN='...'] | lint | format | bench [INSIGHTFACE=PATH] | mutants | build | clean
+#   TORCH=torch==2.13.0  PYTHON=python3
 
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 MARGIN ?=
+INSIGHTFACE ?=
 
 BIN := .venv/bin
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' 2>/dev/null)
@@ -31,8 +33,11 @@ format: .venv/installed
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CSRC)
 
-bench: build
-	@$(BIN)/python -m bench.head
+# Measures what is missing, 25 minutes if nothing is there; `python -m bench --help` for parts of it.
+bench: build .venv/peers
+	@$(BIN)/python -m bench $(if $(INSIGHTFACE),--insightface '$(INSIGHTFACE)')
+	@$(BIN)/python -m bench.table --write README.md docs/performance.md
+	@$(BIN)/python -m bench.plot
 
 mutants: build
 	@$(BIN)/python -m tests.mutants
@@ -55,8 +60,14 @@ $(STAMP):
 # The library is left to the next rule, which compiles only what changed; pip would start from nothing each time.
 .venv/installed: $(STAMP) pyproject.toml
 	@echo "installing fused_margin and what its tests, demo and linters need into .venv ..."
-	@FUSED_MARGIN_CPU=0 $(BIN)/python -m pip install -qq --no-build-isolation -e '.[test,demo,dev]'
+	@FUSED_MARGIN_CPU=0 $(BIN)/python -m pip install -qq --no-build-isolation -e '.[test,demo,bench,dev]'
 	@touch $@
+
+# What the bench compares with. Rows of what cannot be installed say so. torch stays as it is.
+.venv/peers: .venv/installed
+	@echo "installing what the bench compares with into .venv ..."
+	@FUSED_MARGIN_CPU=0 $(BIN)/python -m pip install -qq --no-build-isolation '$(TORCH)' -e '.[bench,peers]' \
+		&& touch $@ || echo "not all of it could be installed: the rows say what is missing"
 
 $(LIBRARY): $(STAMP) setup.py pyproject.toml $(CSRC)
 	@echo "building $@ ..."
