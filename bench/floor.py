@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+from fused_margin.backends import cpu
+from fused_margin.spec import Spec
 
 from .timing import timed
 
@@ -35,15 +39,31 @@ def _linear(rows: int, inner: int, columns: int) -> Candidate:
     return make
 
 
+def _tiles(repeats: int, *_: int) -> Candidate:
+    """The sweep's own product of a tile, one stream of them on each thread."""
+
+    def make(device: str, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
+        if device != "cpu" or cpu.why_not(None, None, Spec()):
+            raise RuntimeError("the C++ kernels run on the CPU, where they are built")
+        threads = torch.get_num_threads()
+        pool = ThreadPoolExecutor(threads)
+        return lambda: list(pool.map(cpu.multiply_tiles, [repeats] * threads)), cpu.multiply_tiles(
+            1
+        ) * repeats * threads
+
+    return make
+
+
 PROBE = (256, 256, 256)  # a product that is far from the record here (bf16 without instructions for it) ends here
 
-# What may hold the record, by dtype of the operands. A product of our own belongs here too, once it is callable.
+# What may hold the record, by dtype of the operands.
 CANDIDATES: dict[str, list[tuple[str, torch.dtype, Callable[..., Candidate], tuple[int, int, int]]]] = {
     "fp32": [
         (f"{name} {'x'.join(map(str, shape))} fp32", torch.float32, make, shape)
         for name, make in (("mm", _mm), ("oneDNN linear", _linear))
         for shape in ((2048, 2048, 2048), (4096, 512, 1024))
-    ],
+    ]
+    + [("fused_margin's tile 96x512x128 fp32", torch.float32, _tiles, (200, 0, 0))],
 }
 CANDIDATES["bf16"] = [
     *CANDIDATES["fp32"],
