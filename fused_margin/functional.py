@@ -191,9 +191,12 @@ def _sweep(
     aux = Aux(*aux)
     if "hard_mean" in margin.needs:
         at_rows = at_rows.after(aux.masked_sum / aux.masked_count.clamp_min(1))
-    own = 0.0 if bias is None else bias.to(found.dtype)[torch.where(valid, labels, 0)]
     c = cos_y.clone() if stats else cos_y  # T may be a user's, and work in place
-    z = scale * _checked_target(at_rows.transform(c), cos_y).to(found.dtype) + own
+    z = scale * _checked_target(at_rows.transform(c), cos_y).to(found.dtype)
+    own = 0.0
+    if bias is not None:
+        own = bias.to(found.dtype)[torch.where(valid, labels, 0)]
+        z = z + own
     known = None
     if stats:
         with torch.no_grad():

@@ -15,9 +15,9 @@ from numbers import Real
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..angles import softplus
 from ..rules import IDENTITY, Rule
 
 GRADIENTS = ("exact", "detached")
@@ -178,7 +178,7 @@ class Margin:
 
     def row_loss(self, out: Outcome) -> Tensor:
         """The loss of each row, [B]."""
-        return -F.logsigmoid(out.z - out.red)
+        return softplus(out.red - out.z)
 
     def penalty(self) -> Tensor | float:
         """What is added to the loss of each row, [B] or one number."""

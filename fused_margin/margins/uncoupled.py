@@ -10,16 +10,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..angles import softplus
 from ..rules import IDENTITY, Rule
 from .angular import ArcFace, clamped_multiple
 from .base import Margin, Outcome, RowStats, StatefulMargin, Whole, choice, number
-
-
-def _softplus(z: Tensor) -> Tensor:
-    return -F.logsigmoid(-z)
 
 
 def _power(c: Tensor, t: float) -> Tensor:
@@ -55,7 +51,7 @@ class _Sphere2(Margin):
         return self.b.values
 
     def row_loss(self, out: Outcome) -> Tensor:
-        loss = self.balance * _softplus(-out.z) + (1 - self.balance) * out.red
+        loss = self.balance * softplus(-out.z) + (1 - self.balance) * out.red
         return self.weight / out.scale * loss
 
 
@@ -135,7 +131,7 @@ class _Uni(Margin):
         return self.b.values
 
     def row_loss(self, out: Outcome) -> Tensor:
-        return _softplus(-out.z) + self.weight * out.red
+        return softplus(-out.z) + self.weight * out.red
 
 
 class UniFace(StatefulMargin):
