@@ -97,7 +97,8 @@ def panel(axes: Axes, title: str, margins: dict[str, fm.Margin]) -> None:
             axes.plot(ANGLES, rival, color=colour, linewidth=1.5, linestyle=(0, (2, 1.2)))
     axes.set(title=title, xlim=(0, 180), ylim=(-2.2, 1.5), xticks=range(0, 181, 60))
     axes.xaxis.set_major_formatter("{x:g}°")
-    axes.legend(loc="lower left", fontsize=7.5, handlelength=1.4, borderpad=0.2, labelspacing=0.25)
+    corner = "upper right" if title == "Multiplicative" else "lower left"
+    axes.legend(loc=corner, fontsize=7.5, handlelength=1.4, borderpad=0.2, labelspacing=0.25)
 
 
 def main() -> None:
