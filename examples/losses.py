@@ -4,6 +4,7 @@ Scales are those at which the demo's small network trains well, not the papers',
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,10 @@ class Entry(NamedTuple):
 
 def _counts(classes: int) -> torch.Tensor:
     return 1 + torch.arange(classes) % 9  # the demo's classes are of one size: made-up counts, for the mechanism
+
+
+def _sphereface2(classes: int, kind: str = "C", gradient: str = "exact") -> fm.Margin:
+    return fm.SphereFace2(classes, kind, weight=10, scale=SCALE, gradient=gradient)  # A, M: as published
 
 
 _RAW = {"normalize_embeddings": False, "normalize_weight": False}
@@ -72,13 +77,13 @@ LOSSES: dict[str, Entry] = {
     "adam-softmax": Entry(lambda classes: fm.AdaMSoftmax(classes, weight=1.0), of_classes=True),
     "kappaface": Entry(lambda classes: fm.KappaFace(_counts(classes), 128), of_classes=True),
     "sub-center": Entry(fm.ArcFace, ("m",), options=lambda c: {"sub_centers": 3}),
-    "sphereface2-c": Entry(lambda classes: fm.SphereFace2(classes, weight=10, scale=SCALE), of_classes=True),
-    "sphereface2-a": Entry(lambda classes: fm.SphereFace2(classes, "A", weight=10, scale=SCALE), of_classes=True),
-    "sphereface2-m": Entry(lambda classes: fm.SphereFace2(classes, "M", weight=10, scale=SCALE), of_classes=True),
+    "sphereface2-c": Entry(_sphereface2, of_classes=True),
+    "sphereface2-a": Entry(partial(_sphereface2, kind="A", gradient="detached"), of_classes=True),
+    "sphereface2-m": Entry(partial(_sphereface2, kind="M", gradient="detached"), of_classes=True),
     "uniface": Entry(lambda classes: fm.UniFace(classes), of_classes=True),
     "label-smoothing": Entry(fm.ArcFace, ("m",), options=lambda c: {"label_smoothing": 0.1}),
     "sface": Entry(fm.SFace, ("k", "a", "b")),
-    "p2sgrad": Entry(fm.P2SGrad, scale=1.0),
+    "p2sgrad": Entry(fm.P2SGrad, scale=10.0),
 }
 
 

@@ -8,6 +8,8 @@ import pytest
 import fused_margin as fm
 from fused_margin.check import all_margins
 
+from .loss_oracle import LOSSES
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -21,7 +23,7 @@ def test_readme_snippets_run(capsys):
     assert scope["head"].weight.grad.shape == (100_000, 512)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/losses.md", "csrc/README.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/losses.md", "docs/adding_a_loss.md", "csrc/README.md"])
 def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
@@ -32,6 +34,24 @@ def test_losses_table_lists_every_margin():
     text = (ROOT / "docs/losses.md").read_text()
     for margin in all_margins():
         assert f"`{type(margin).__name__}(" in text
+
+
+def test_every_row_of_the_losses_has_its_test():
+    """The last column names rows of the tests' table, and every one of them is named once."""
+    named = []
+    for line in (ROOT / "docs/losses.md").read_text().splitlines():
+        cells = line.strip("|").split("|")
+        if line.startswith("| ") and len(cells) == 7 and cells[0].strip() != "loss":
+            tests = re.findall(r"`([^`]+)`", cells[-1])
+            assert tests, line
+            named += tests
+    assert sorted(named) == sorted(LOSSES)
+
+
+def test_adding_a_loss_runs():
+    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding_a_loss.md").read_text(), re.DOTALL)
+    assert len(snippets) == 3
+    exec("\n".join(snippets), {"__name__": "adding_a_loss"})
 
 
 def test_readme_names_what_exists():

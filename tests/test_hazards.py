@@ -1,0 +1,201 @@
+"""Numerical hazards: c = +-1, large logits, floors, ties, zero norms, 16 bit; and bad hyper-parameters."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fused_margin as fm
+from fused_margin.functional import margin_cross_entropy
+
+from .loss_oracle import LOSSES
+from .test_losses import options
+
+FAST = [name for name, loss in LOSSES.items() if loss.kernel]
+
+
+def run(name, x, w, labels, backend, **more):
+    loss = LOSSES[name]
+    torch.manual_seed(0)
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    margin = loss.make(len(w) // loss.centres, x.shape[1])
+    rows = margin_cross_entropy(
+        x, w, labels, margin, reduction="none", backend=backend, **options(loss, len(w) // loss.centres) | more
+    )
+    return rows.detach(), *torch.autograd.grad(rows.sum(), (x, w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", LOSSES)
+def test_rows_that_are_class_centres_or_their_opposites(name, dtype):
+    """c = 1 and -1 for targets and rivals, and duplicate classes: all is finite, in every operand dtype."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(6, 8, generator=g)
+    w[1], w[2] = w[0], -w[0]
+    w = w.repeat_interleave(LOSSES[name].centres, 0)
+    x = torch.stack([w[0], -w[0], w[0] * 3, torch.randn(8, generator=g)])
+    for backend in ("reference", "cpu") if LOSSES[name].kernel and not fm.why_not("cpu") else ("reference",):
+        for t in run(name, x, w, torch.tensor([0, 0, 2, 4]), backend, compute_dtype=dtype):
+            assert t.isfinite().all(), backend
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_zero_rows_are_finite(name):
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(6 * LOSSES[name].centres, 8, generator=g)
+    x = torch.randn(3, 8, generator=g)
+    x[0], w[-1] = 0, 0
+    backend = "cpu" if LOSSES[name].kernel and not fm.why_not("cpu") else "reference"
+    rows, d_x, d_w = run(name, x, w, torch.tensor([0, 5, 2]), backend)
+    assert rows.isfinite().all()
+    assert d_x.isfinite().all()
+    assert d_w.isfinite().all()
+
+
+LARGE = {  # largest logit, beyond float32's 88 for a sum of plain exponentials
+    "sv": (lambda: fm.SVSoftmax(1.2), 64.0, 64 * 1.4),
+    "curricular": (lambda: _curricular(1.0), 64.0, 128.0),
+    "circle": (lambda: fm.CircleLoss(0.25), 256.0, 256 * 1.25 * 0.75),
+    "psi": (lambda: fm.SphereFace(4), 64.0, 64.0),
+}
+
+
+def _curricular(t):
+    margin = fm.CurricularFace().eval()
+    margin.t.fill_(t)
+    return margin
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_logits_beyond_the_range_of_exp(name, backend):
+    """A rival at c = 1 and a target at -1: the loss is the difference of the two logits."""
+    make, scale, largest = LARGE[name]
+    w = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(1)))
+    w[1] = -w[0]
+    x = (-w[:1]).clone().requires_grad_()  # label 0: c_y = -1; class 1: c = 1
+    margin = make()
+    loss = margin_cross_entropy(x, w, torch.tensor([0]), margin, scale=scale, backend=backend)
+    z = scale * _target(margin, w.new_tensor([-1.0])).item()
+    assert loss.item() == pytest.approx(largest - z, rel=1e-5)
+    assert torch.autograd.grad(loss, x)[0].isfinite().all()
+
+
+def _target(margin, c):
+    found = fm.RowStats(torch.ones(1, dtype=torch.bool), 5, c.dtype, c)
+    return margin.prepare(found, torch.zeros(1).long()).target(c)
+
+
+def test_eqm_floor_and_pairs(backend):
+    """log C where nothing is left to do, with gradient 0; else log(1 + sum exp s([t1 - c_y]_+ + [c_j - t2]_+))."""
+    w = torch.eye(6, dtype=torch.float64)
+    x = torch.eye(6, dtype=torch.float64)[:3].requires_grad_()
+    loss = margin_cross_entropy(x, w, torch.arange(3), fm.EqM(0.75, 0.25), scale=32.0, backend=backend)
+    assert loss.item() == pytest.approx(math.log(6))
+    assert not torch.autograd.grad(loss, x)[0].any()
+    g = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(n, 6, generator=g, dtype=torch.float64) for n in (8, 20))
+    labels, cos = torch.arange(8), F.normalize(x) @ F.normalize(w).T
+    pair = torch.relu(0.6 - cos[range(8), labels])[:, None] + torch.relu(cos - 0.2)
+    rival = torch.ones_like(pair).scatter(1, labels[:, None], 0)
+    expected = torch.log1p((rival * torch.exp(16 * pair)).sum(1))
+    got = margin_cross_entropy(x, w, labels, fm.EqM(0.6, 0.2), scale=16.0, reduction="none", backend=backend)
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("margin", [fm.SVSoftmax(1.2), fm.MVSoftmax(m=0.0), fm.InterclassFilter(1.0, fm.NormFace())])
+def test_a_tie_is_not_hard(margin, backend):
+    """Strict comparisons: a rival exactly at the threshold is left alone."""
+    w = torch.eye(4, dtype=torch.float64)[[0, 0, 1, 2]].contiguous()
+    x = torch.eye(4, dtype=torch.float64)[:1]
+    got = margin_cross_entropy(x, w, torch.tensor([0]), margin, scale=4.0, backend=backend)
+    expected = F.cross_entropy(4 * x @ w.T, torch.tensor([0]))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("backend_dtype", [torch.float32, torch.bfloat16])
+def test_at_the_discontinuity_within_a_band(backend_dtype, backend):
+    """Rivals at the threshold up to rounding may fall on either side: the loss lies between the two."""
+    g = torch.Generator().manual_seed(0)
+    w = torch.randn(40, 16, generator=g)
+    w[20:] = w[:20] * (1 + torch.rand(20, 1, generator=g))  # the twin of each target, of another norm
+    x = w[:20] + 0.5 * torch.randn(20, 16, generator=g)
+    got = margin_cross_entropy(
+        x,
+        w,
+        torch.arange(20),
+        fm.SVSoftmax(1.2),
+        scale=8.0,
+        reduction="none",
+        compute_dtype=backend_dtype,
+        backend=backend,
+    )
+    ends = []
+    cos = F.normalize(x.double()) @ F.normalize(w.double()).T
+    for hard_twin in (False, True):
+        tau = cos[range(20), range(20)][:, None]
+        n = torch.where(cos > tau + 1e-2, 1.2 * cos + 0.2, cos)
+        twin = cos[range(20), range(20, 40)]
+        n[range(20), range(20, 40)] = 1.2 * twin + 0.2 if hard_twin else twin
+        ends.append(
+            F.cross_entropy(
+                8 * n.index_put((torch.arange(20), torch.arange(20)), tau[:, 0]), torch.arange(20), reduction="none"
+            )
+        )
+    slack = 1e-5 if backend_dtype == torch.float32 else 0.1
+    assert ((got >= ends[0] - slack) & (got <= ends[1] + slack)).float().mean() >= 0.9
+
+
+BAD = {
+    "sv t": (lambda: fm.SVSoftmax(0.99), ValueError, r"t = 0.99; expected .* in \[1, inf\]"),
+    "mv t": (lambda: fm.MVSoftmax(-0.1), ValueError, r"t = -0.1"),
+    "mv kind": (lambda: fm.MVSoftmax(kind="AM"), ValueError, "kind = 'AM'; expected one of 'am', 'arc'"),
+    "mv mode": (lambda: fm.MVSoftmax(mode="x"), ValueError, "mode = 'x'"),
+    "eqm order": (lambda: fm.EqM(0.3, 0.3), ValueError, "expected t2 < t1: t1 is the bound of the targets"),
+    "eqm range": (lambda: fm.EqM(1.2), ValueError, "t1 = 1.2"),
+    "eqm per class": (lambda: fm.EqM(fm.PerClass(torch.ones(3))), TypeError, "t1 is one number for all classes"),
+    "npc t": (lambda: fm.NPCFace(t=0.5), ValueError, "t = 0.5"),
+    "arcneg sigma": (lambda: fm.ArcNegFace(sigma=0), ValueError, "sigma = 0"),
+    "curricular m": (lambda: fm.CurricularFace(4), ValueError, "m = 4"),
+    "curricular rate": (lambda: fm.CurricularFace(rate=2), ValueError, "rate = 2"),
+    "filter": (lambda: fm.InterclassFilter(-0.1), ValueError, "below 0 it would drop rivals that are far away"),
+    "circle": (lambda: fm.CircleLoss(-1), ValueError, "m = -1"),
+    "x2 rises": (lambda: fm.X2Softmax(a=0.9), ValueError, "T must fall with the angle"),
+    "x2 vertex": (lambda: fm.X2Softmax(h=0.2), ValueError, "for theta < h, T would rise"),
+    "annealed": (lambda: fm.Annealed(fm.SphereFace(4), -1), ValueError, "lam = -1"),
+    "annealed rule": (lambda: fm.Annealed(fm.SVSoftmax()), TypeError, "has a rival rule of its own"),
+    "sv of curricular": (lambda: fm.SVSoftmax(1.2, fm.CurricularFace()), TypeError, "has a rival rule of its own"),
+    "sv of uniface": (lambda: fm.SVSoftmax(1.2, fm.UniFace(5)), TypeError, "has a rival rule of its own"),
+    "l-softmax m": (lambda: fm.LSoftmax(0.5), ValueError, "m = 0.5"),
+    "ada m": (lambda: fm.AdaFace(3), ValueError, "m = 3"),
+    "mag order": (lambda: fm.MagFace(10, 5), ValueError, "u_a = 5; .* lies above l_a"),
+    "mag margins": (lambda: fm.MagFace(u_m=0.1), ValueError, "the margin grows with the norm"),
+    "elastic kind": (lambda: fm.ElasticFace(kind="am"), ValueError, "kind = 'am'"),
+    "elastic sigma": (lambda: fm.ElasticFace(sigma=-1), ValueError, "sigma = -1"),
+    "adam": (lambda: fm.AdaMSoftmax(3, 0.5, 0.4), ValueError, "high = 0.4"),
+    "counts": (lambda: fm.margins_by_count(torch.ones(2, 2)), ValueError, r"counts have shape \[2, 2\]"),
+    "kappa": (lambda: fm.KappaFace(torch.ones(3), 4, gamma=2), ValueError, "gamma = 2"),
+    "sphereface2 t": (lambda: fm.SphereFace2(9, t=0.5), ValueError, "the slope at c = -1 is infinite"),
+    "sphereface2 m": (lambda: fm.SphereFace2(9, "M", 0.5), ValueError, "m = 0.5"),
+    "uniface": (lambda: fm.UniFace(9, weight=0), ValueError, "weight = 0"),
+    "adacos": (lambda: fm.AdaCos(2), ValueError, r"log\(C - 1\) must be positive"),
+    "ga": (lambda: fm.GASoftmax(m=0.5), ValueError, "the target would be favoured"),
+    "sphereface-r": (lambda: fm.SphereFaceR(version=3), ValueError, "version = 3; expected 0, 1 or 2"),
+    "sface": (lambda: fm.SFace(k=0), ValueError, "k = 0"),
+    "qam": (lambda: fm.QAMFace(5), ValueError, "m = 5"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_hyper_parameters(name):
+    make, error, message = BAD[name]
+    with pytest.raises(error, match=message):
+        make()
+
+
+def test_a_margin_module_is_not_called():
+    with pytest.raises(TypeError, match="CurricularFace is a margin: pass it to a head"):
+        fm.CurricularFace()(torch.zeros(3))
+    x, w = torch.randn(2, 4), torch.randn(3, 4)
+    with pytest.raises(ValueError, match="LSoftmax works on products of raw rows"):
+        margin_cross_entropy(x, w, torch.tensor([0, 1]), fm.LSoftmax())
