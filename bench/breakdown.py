@@ -1,0 +1,114 @@
+"""Where the time of the fused head goes, as Linux' perf samples it: `python -m bench.breakdown [--write FILE]`.
+
+Samples are taken on every thread while steps (forward and backward, ArcFace, float32, fresh gradients) repeat in this
+process, and are sorted by the function that they fall into. With --write, what stands between `<!-- breakdown -->` and
+`<!-- /breakdown -->` in FILE is replaced. It needs `perf` and the right to use it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+from .cases import Case
+from .heads import OWN, Peers, Run, inputs_of
+from .results import machine
+
+CASES = [Case(64, 1_000), Case(128, 100_000), Case(512, 100_000), Case(128, 1_000_000)]
+# The first pattern that is found in a sample's "library function" names its part.
+PARTS = [
+    ("products", r"multiply_|add_gradient|add_share|\[JIT\]"),
+    ("rows of w: reading, norms, packing", r"load_tile|pack_row|inverse_norm"),
+    ("exponentials, rule, masks", r"forward_task|backward_task|weigh_"),
+    ("page faults", r"\[k\]"),
+    ("merging, dX, labels", r"_C\.abi3"),
+    ("waiting for the other thread", r"gomp"),
+    ("Python and the [B] path", r""),
+]
+
+
+def part_of(sample: str) -> str:
+    return next(name for name, pattern in PARTS if re.search(pattern, sample))
+
+
+def shares(report: str) -> dict[str, float]:
+    """Percent of the samples in each part, from what `perf report` prints, a line a function."""
+    found: Counter[str] = Counter()
+    for line in report.splitlines():
+        match = re.match(r"\s*([\d.]+)%\s+(.*)", line)
+        if match:
+            found[part_of(match[2])] += float(match[1])
+    return {name: found[name] for name, _ in PARTS}
+
+
+def repeat(run: Run, least: float) -> list[float]:
+    """Seconds of each step, for about `least` seconds and three steps."""
+    taken: list[float] = []
+    while sum(taken) < least or len(taken) < 3:
+        run.clear()
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return taken
+
+
+def measure(case: Case, least: float) -> tuple[float, dict[str, float]]:
+    """Median seconds of a step, and the percentages of its parts."""
+    run = OWN["fused"].build(case, inputs_of(case), Peers())
+    repeat(run, 0)
+    with tempfile.TemporaryDirectory() as folder:
+        data = f"{folder}/perf.data"
+        record = ["perf", "record", "-q", "-o", data, "-p", str(os.getpid())]
+        with subprocess.Popen(record, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as perf:
+            time.sleep(0.5)  # until it samples
+            taken = repeat(run, least)
+            perf.send_signal(signal.SIGINT)
+            complaint = perf.communicate()[1]
+        report = ["perf", "report", "-i", data, "--stdio", "--no-children", "--sort", "dso,symbol"]
+        said = subprocess.run(report, capture_output=True, text=True)
+    found = shares(said.stdout)
+    if not sum(found.values()):
+        raise RuntimeError(f"perf took no samples: {complaint or said.stderr}")
+    return statistics.median(taken), found
+
+
+def table(measured: list[tuple[Case, float, dict[str, float]]]) -> str:
+    head = [f"{case.batch} x {case.classes:,}" for case, _, _ in measured]
+    lines = [f"| part | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
+    lines.append(f"| a step | {' | '.join(f'{seconds * 1e3:,.3g} ms' for _, seconds, _ in measured)} |")
+    for name, _ in PARTS:
+        lines.append(f"| {name} | {' | '.join(f'{found[name]:.1f} %' for _, _, found in measured)} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.breakdown", description=__doc__.split("\n")[0])
+    parser.add_argument("--seconds", type=float, default=6, help="of steps for each shape (default 6)")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="the document whose table is replaced")
+    args = parser.parse_args(argv)
+    if shutil.which("perf") is None:
+        sys.exit("bench.breakdown: there is no perf on PATH; on Debian it is in the package linux-perf")
+    measured = [(case, *measure(case, args.seconds)) for case in CASES]
+    about = machine("cpu", CASES[0].threads)
+    text = f"{table(measured)}\n\n{about['cpu']}, {CASES[0].threads} threads, commit {about['commit']}.\n"
+    print(text)
+    if args.write:
+        document = args.write.read_text()
+        pattern = re.compile(r"(<!-- breakdown -->\n).*?(<!-- /breakdown -->)", re.DOTALL)
+        if not pattern.search(document):
+            sys.exit(f"bench.breakdown: {args.write} lacks <!-- breakdown --> and <!-- /breakdown -->")
+        args.write.write_text(pattern.sub(lambda match: match[1] + text + match[2], document))
+
+
+if __name__ == "__main__":
+    main()
