@@ -44,11 +44,12 @@ def _cuda_seconds(work: Callable[[], object]) -> float:
 def repeats(one: float, budget: float, baseline: bool = False) -> int:
     """How many repeats of `one` seconds each: as many as the budget pays, at least 3, but 1 of what is far too slow.
 
+    A repeat costs two steps, as an untimed one comes before.
     A baseline may take longer: its ratio is worth an interval.
     """
     if one > budget * (TOO_SLOW_BASELINE if baseline else TOO_SLOW):
         return 1
-    return max(LEAST, min(MOST, math.floor(budget / max(one, 1e-9))))
+    return max(LEAST, min(MOST, math.floor(budget / max(2 * one, 1e-9))))
 
 
 def inner_loops(one: float) -> int:

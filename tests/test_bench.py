@@ -192,7 +192,7 @@ def test_figures_of_a_row():
 def test_repeats_follow_the_budget():
     from bench.timing import repeats
 
-    assert [repeats(one, 3.0) for one in (0.001, 0.5, 1.0, 2.9, 3.1)] == [9, 6, 3, 3, 1]
+    assert [repeats(one, 3.0) for one in (0.001, 0.25, 0.5, 2.9, 3.1)] == [9, 6, 3, 3, 1]
     assert repeats(23.0, 3.0, baseline=True) == 3
 
 
