@@ -45,9 +45,9 @@ class AdaCos(ScaleRule):
 
     @torch.no_grad()
     def prepare(self, rows: RowStats, rivals: Callable[[Tensor], Tensor]) -> Tensor:
-        s = self.s.to(rows.dtype)
+        s = self.s.to(rows.dtype, copy=True)
         if not (self.dynamic and self.training):
-            return s.clone()
+            return s
         count = rows.valid.sum()
         lse = torch.where(rows.valid, rivals(s), -torch.inf)
         mean = lse.logsumexp(0) - count.clamp_min(1).to(rows.dtype).log()

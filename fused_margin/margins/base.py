@@ -271,7 +271,7 @@ class StatefulMargin(nn.Module, Margin):
     def moved(self, name: str, value: Tensor, rate: float, rows: RowStats) -> Tensor:
         """The state `name` for this batch: in training moved towards `value` by `rate`, unless no row is valid."""
         state = getattr(self, name)
-        old = state.to(rows.dtype)
+        old = state.to(rows.dtype, copy=True)
         if not self.training:
             return old
         new = torch.where(rows.valid.any(), old + rate * (value.detach() - old), old)
