@@ -83,7 +83,7 @@ LOSSES: dict[str, Entry] = {
     "uniface": Entry(lambda classes: fm.UniFace(classes), of_classes=True),
     "label-smoothing": Entry(fm.ArcFace, ("m",), options=lambda c: {"label_smoothing": 0.1}),
     "sface": Entry(fm.SFace, ("k", "a", "b")),
-    "p2sgrad": Entry(fm.P2SGrad, scale=10.0),
+    "p2sgrad": Entry(fm.P2SGrad, scale=1.0),
 }
 
 

@@ -18,7 +18,7 @@ MUTANTS = [
     *_in(
         "fused_margin/angles.py",
         ("sine_floor_dropped", "SINE_FLOOR = 1e-3", "SINE_FLOOR = 0.0"),
-        ("sine_slope_sign", "_with_slope(sine, -c /", "_with_slope(sine, c /"),
+        ("sine_slope_sign", "_with_slope(sine, -at /", "_with_slope(sine, at /"),
     ),
     *_in(
         "fused_margin/margins/softmax.py",
@@ -84,10 +84,10 @@ MUTANTS = [
     ),
     *_in(
         "fused_margin/margins/uncoupled.py",
-        ("sphere2_balance", "self.balance * _softplus(-out.z)", "(1 - self.balance) * _softplus(-out.z)"),
+        ("sphere2_balance", "self.balance * softplus(-out.z)", "(1 - self.balance) * softplus(-out.z)"),
         ("sphere2_weight", "self.weight / out.scale * loss", "self.weight * loss"),
         ("sphere2_rivals", 'float(self.m) if self.kind == "C"', '-float(self.m) if self.kind == "C"'),
-        ("uniface_weight", "_softplus(-out.z) + self.weight * out.red", "_softplus(-out.z) + out.red"),
+        ("uniface_weight", "softplus(-out.z) + self.weight * out.red", "softplus(-out.z) + out.red"),
         ("uniface_bias_sign", "Whole(-self.b.to(rows.dtype))", "Whole(self.b.to(rows.dtype))"),
     ),
     *_in(
@@ -123,7 +123,7 @@ MUTANTS = [
     ),
     *_in(
         "fused_margin/functional.py",
-        ("target_bias_forgotten", "cos_y).to(found.dtype) + own", "cos_y).to(found.dtype)"),
+        ("target_bias_forgotten", "z = z + own", "pass"),
         ("scale_gradient_dropped", 'acc, "scale").expand', 'acc, "scale").detach().expand'),
         ("norm_gradient_dropped", "where(valid[:, None], x, 0)", "where(valid[:, None], x.detach(), 0)"),
         ("rivals_never_detached", 'unit_slope=margin.gradient == "detached"', "unit_slope=False"),
@@ -171,13 +171,13 @@ MUTANTS = [
         ("kernel_eps_dropped", "T(1 / (norm < kEps ? kEps : norm))", "T(1 / norm)"),
         ("kernel_lesser_centres_count", "excluded |= loser;", ""),
         ("kernel_softplus_slope", "slope = select(u < zero, e, one)", "slope = select(u < zero, one, e)"),
-        ("kernel_columns_contiguous", "p.w.col_stride == 1 && p.w.row_stride", "p.w.row_stride"),
     ),
     *_in(
         "csrc/cpu/forward.h",
         ("kernel_sum_not_rescaled", "    sum[l] *= factor[l];\n", ""),
         ("kernel_output_not_rescaled", "if (changed && number > begin)", "if (false)"),
-        ("kernel_splits_not_rescaled", "const T f = T(factor(s) / whole);", "const T f = T(1 / whole);"),
+        ("kernel_splits_not_rescaled", "return T(factor(s) / whole); }", "return T(1 / whole); }"),
+        ("kernel_shares_lost", "(s ? out[d] : T(0)) + f * in[d]", "f * in[d]"),
         ("kernel_tile_lost", "(split + 1) / cut.splits", "(split + 1) / cut.splits - (split + 1 < cut.splits)"),
         ("kernel_exponent_rounded", "exponential(shifted + K * T(2.121944400546905e-4))", "exponential(shifted)"),
         ("kernel_bias_forgotten", "scale * n.value + t.bias[j]", "scale * n.value"),
@@ -186,10 +186,12 @@ MUTANTS = [
         "csrc/cpu/backward.h",
         ("kernel_unit_slope_ignored", "(p.unit_slope ? zero + T(1) : n.slope)", "n.slope"),
         ("kernel_sum_gradient_dropped", "g_red * a + g_sum)", "g_red * a)"),
-        ("kernel_duplicate_labels", "out[d] += in.g_cos_y[*it] * x[d]", "out[d] = in.g_cos_y[*it] * x[d]"),
-        ("kernel_projection_dropped", "(d_w[d] - along * w[d]) * inv", "d_w[d] * inv"),
-        ("kernel_clamped_norm_varies", "if (inv >= T(1 / kEps)) {", "if (false) {"),
-        ("kernel_row_blocks_overwrite", "const bool add = cos.first > 0;", "const bool add = false;"),
+        ("kernel_duplicate_labels", "out[d] += g * (x[d] - along * w[d])", "out[d] = g * (x[d] - along * w[d])"),
+        ("kernel_target_projection_dropped", "out[d] += g * (x[d] - along * w[d])", "out[d] += g * x[d]"),
+        ("kernel_projection_dropped", "(sum - g.along[m] * load(w + m * P + v * lanes)) * t.inv[m]", "sum * t.inv[m]"),
+        ("kernel_clamped_norm_varies", "p.normalize_w && inv < T(1 / kEps)", "p.normalize_w"),
+        ("kernel_row_blocks_overwrite", "return k + cos.first ? load", "return k ? load"),
+        ("kernel_ragged_dimension_lost", "else if (room > 0)", "else if (false)"),
     ),
     *_in(
         "csrc/cpu/rows.cpp",
@@ -211,5 +213,13 @@ MUTANTS = [
     *_in(
         "csrc/cpu/storage.h",
         ("kernel_index_ignored", "w.index ? w.index[r] : r", "r"),
+        ("kernel_columns_contiguous", "Storage::f32) && w.col_stride == 1)", "Storage::f32))"),
+    ),
+    *_in(
+        "csrc/cpu/product.h",
+        ("kernel_depth_overwrites", "return k ? load(at(m, v)) : Vec<T>{};", "return Vec<T>{};"),
+        ("kernel_last_rows_lost", "while (M - m > 0) multiply_rows<summed, 1>(m, K, a, next, b, start, finish);", ""),
+        ("kernel_last_columns_zero", "k < dim ? row[k] : T(0)", "T(0)"),
+        ("kernel_padding_not_zero", "k < dim ? row[k] : T(0)", "k < dim ? row[k] : T(1)"),
     ),
 ]  # fmt: skip

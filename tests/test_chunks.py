@@ -1,7 +1,8 @@
 """Sizes around the kernel's tiles, blocks and vectors, on every instruction set that this CPU has.
 
-csrc/cpu/problem.h cuts classes by 128 (a tile), 512 (a task) and 16,384 (all tasks), rows by 16, 128 and 256; vectors
-hold 2 to 16 numbers and the tile unit takes 32 at once. One number beyond each of these and one before must be right.
+csrc/cpu/problem.h cuts classes by 48, 96 and 128 (a tile), 192 and 256 (a task), 6,144 and 8,192 (all tasks), rows by 32,
+128 and 512; csrc/cpu/product.h cuts what is summed by 256, and columns by 4 to 32 (a panel); vectors hold 2 to 16 numbers
+and the tile unit takes 32 at once. One number beyond each of these and one before must be right.
 """
 
 import contextlib
@@ -57,7 +58,7 @@ def check_shape(batch: int, classes: int, dim: int, mode: str, margin: str = "ar
 
 
 @pytest.mark.parametrize("mode", ["fp64", "fp32", "bf16"])
-@pytest.mark.parametrize("classes", around(16, 32, 64, 128, 256, 512, 1024))
+@pytest.mark.parametrize("classes", around(16, 32, 48, 96, 128, 192, 256))
 def test_classes(path, mode, classes):
     check_shape(19, classes, 24, mode)
 
@@ -69,13 +70,13 @@ def test_rows(path, mode, batch):
 
 
 @pytest.mark.parametrize("mode", ["fp64", "fp32", "bf16"])
-@pytest.mark.parametrize("dim", [2, 3, *around(8, 16, 32, 64, 128)])
+@pytest.mark.parametrize("dim", [2, 3, *around(8, 16, 32, 64, 128), 256, 257, 513])
 def test_dims(path, mode, dim):
     check_shape(18, 140, dim, mode)
 
 
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
-@pytest.mark.parametrize("classes", [16_383, 16_385, 33_000])
+@pytest.mark.parametrize("classes", [6_143, 6_145, 8_193, 33_000])
 def test_as_many_tiles_as_tasks(mode, classes):
     require("cpu")
     check_shape(34, classes, 20, mode, draws=1)
@@ -84,6 +85,7 @@ def test_as_many_tiles_as_tasks(mode, classes):
 def test_more_rows_than_a_task_takes():
     require("cpu")
     check_shape(600, 5000, 9, "fp32", draws=1)
+    check_shape(1100, 300, 9, "fp64", draws=1)
 
 
 @pytest.mark.parametrize("mode", [m for m in MODES if m != "fp64"])
@@ -101,9 +103,9 @@ def test_rules(path, dtype, rule, reduction):
     check(Inputs(37, 300, 40, rule, dtype=getattr(torch, dtype)), "cpu", reduction=reduction)
 
 
-@pytest.mark.parametrize("centers", [2, 3, 7, 130])
+@pytest.mark.parametrize("centers", [2, 3, 7, 50, 130])
 def test_sub_centers_across_tiles(path, centers):
-    """A class never lies in two tiles, also where 128 is no multiple of its centres or is less than they are."""
+    """A class never lies in two tiles, also where a tile is no multiple of its centres or is less than they are."""
     inputs = Inputs(21, 61 * centers, 10, bias=False)
     inputs.labels %= 61
     check(inputs, "cpu", {"sub_centers": centers}, sub_centers=centers)

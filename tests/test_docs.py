@@ -48,6 +48,13 @@ def test_every_row_of_the_losses_has_its_test():
     assert sorted(named) == sorted(LOSSES)
 
 
+def test_every_loss_of_the_demo_has_its_figures():
+    names = re.findall(r'^    "([a-z0-9+-]+)": Entry', (ROOT / "examples/losses.py").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| `([a-z0-9+-]+)` \| [\d.]+% \|", (ROOT / "docs/losses.md").read_text(), re.MULTILINE)
+    assert rows == names
+    assert len(names) >= 50
+
+
 def test_adding_a_loss_runs():
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding_a_loss.md").read_text(), re.DOTALL)
     assert len(snippets) == 3

@@ -75,10 +75,12 @@ inline void visit(Storage s, F f) {
 
 }  // namespace storage
 
+inline int64_t row_number(const Weights& w, int64_t r) { return w.index ? w.index[r] : r; }
+
 // Row r of w (of the subset, if there is one) as T.
 template <class T>
 inline void read_row(const Weights& w, int64_t r, int64_t dim, T* out) {
-  const int64_t row = w.index ? w.index[r] : r;
+  const int64_t row = row_number(w, r);
   storage::visit(w.storage, [&](auto type) {
     using S = decltype(type);
     const S* in = static_cast<const S*>(w.data) + row * w.row_stride;
@@ -93,7 +95,7 @@ inline void read_row(const Weights& w, int64_t r, int64_t dim, T* out) {
 template <class T>
 inline const T* row_of(const Weights& w, int64_t r, int64_t dim, T* copy) {
   if (w.storage == (sizeof(T) == 8 ? Storage::f64 : Storage::f32) && w.col_stride == 1)
-    return static_cast<const T*>(w.data) + (w.index ? w.index[r] : r) * w.row_stride;
+    return static_cast<const T*>(w.data) + row_number(w, r) * w.row_stride;
   read_row(w, r, dim, copy);
   return copy;
 }
