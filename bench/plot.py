@@ -14,7 +14,7 @@ import matplotlib
 matplotlib.use("agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from . import results
 from .cases import Case
@@ -95,23 +95,24 @@ def _line(axes: Axes, name: str, line: list[Row], value: str) -> None:
 
 
 def _mark_limits(axes: Axes, lines: dict[str, list[Row]]) -> None:
-    """Crosses on the first size at which a method runs out of memory; one text says at how much."""
+    """Crosses above the first size at which a method runs out of memory; a text beside them says at how much."""
+    firsts = {name: next((row for row in line if row.status == "out of memory"), None) for name, line in lines.items()}
     crosses: dict[int, list[str]] = {}
-    note = ""
-    for name, line in lines.items():
-        first = next((row for row in line if row.status == "out of memory"), None)
-        if first is not None:
-            crosses.setdefault(first.case.classes, []).append(name)
-            note = first.note
-    top = axes.get_ylim()[1]
+    for name, row in firsts.items():
+        if row is not None:
+            crosses.setdefault(row.case.classes, []).append(name)
+    if not crosses:
+        return
+    low, high = axes.get_ylim()
+    apart = (high / low) ** 0.045
+    most = max(len(names) for names in crosses.values())
+    axes.set_ylim(low, high * apart ** (most + 1.5))
     for x, names in crosses.items():
-        for place, name in enumerate(names):
-            axes.plot(
-                x, top * 0.80**place, marker="x", markersize=7, markeredgewidth=2, color=COLOURS[name], clip_on=False
-            )
+        for place, name in enumerate(reversed(names), 1):
+            axes.plot(x, high * apart**place, "x", markersize=6, markeredgewidth=2, color=COLOURS[name])
         axes.annotate(
-            note.replace("out of memory", "out of\nmemory"), (x, top * 0.80 ** (len(names) - 1)), (0, -8),
-            textcoords="offset points", ha="center", va="top", fontsize=8, color="#666666",
+            firsts[names[0]].note, (x, high * apart ** ((len(names) + 1) / 2)), (-9, 0),
+            textcoords="offset points", ha="right", va="center", fontsize=8.5, color="#666666",
         )  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def _floor(axes: Axes, lines: dict[str, list[Row]], per_logit: bool) -> None:
 
 
 def _number(value: float, _: object = None) -> str:
-    return f"{value:g}" if value >= 0.01 else f"{value:.0e}"
+    return f"{value:g}" if value >= 1e-4 else f"{value:.0e}"
 
 
 def draw(header: dict[str, str], rows: list[Row], path: Path) -> dict[str, float]:
@@ -148,12 +149,12 @@ def draw(header: dict[str, str], rows: list[Row], path: Path) -> dict[str, float
     kept = [row.case.kept_bytes / GB for row in lines["fused"]]
     memory.plot(sizes, kept, "--", color=FLOOR, linewidth=1.4, zorder=2)
     memory.annotate(
-        "the weights' gradient alone", (sizes[len(sizes) // 2], kept[len(sizes) // 2]), (8, -16),
+        "the weights' gradient alone", (sizes[len(sizes) // 2], kept[len(sizes) // 2]), (10, -14),
         textcoords="offset points", fontsize=8.5, color="#666666",
     )  # fmt: skip
     for axes in (time, memory):
         _mark_limits(axes, lines)
-    logit.set_ylim(bottom=logit.get_ylim()[0] / 1.6)
+    logit.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     _legend(figure, time, fits)
     case = lines["fused"][-1].case
     figure.text(

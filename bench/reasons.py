@@ -21,7 +21,7 @@ REASONS: list[Reason] = [
     Reason(
         lambda case, method: case.trains_weight and case.classes <= 2_000,
         "at so few classes the logits stay in the cache, and keeping them (6 operations a number) costs less than "
-        "computing them a second time (8), which is what saves the memory at many",
+        "a second computation (8), which is what saves the memory at many; what is beyond 8 / 6 is not explained",
     ),
 ]
 
