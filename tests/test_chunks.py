@@ -1,8 +1,8 @@
 """Sizes around the kernel's tiles, blocks and vectors, on every instruction set that this CPU has.
 
-csrc/cpu/problem.h cuts classes by 48, 96 and 128 (a tile), 192 and 256 (a task), 6,144 and 8,192 (all tasks), rows by 32,
-128 and 512; csrc/cpu/product.h cuts what is summed by 256, and columns by 4 to 32 (a panel); vectors hold 2 to 16 numbers
-and the tile unit takes 32 at once. One number beyond each of these and one before must be right.
+csrc/cpu/problem.h cuts classes by 48, 96 and 128 (a tile), 192 and 256 (a task), 6,144 and 8,192 (all tasks), rows by
+32, 128 and 512; csrc/cpu/product.h cuts what is summed by 256, and columns by 4 to 32 (a panel); vectors hold 2 to 16
+numbers and the tile unit takes 32 at once. One number beyond each of these and one before must be right.
 """
 
 import contextlib
