@@ -127,7 +127,8 @@ def _grouped(rows: list[Row]) -> Iterator[tuple[str, list[list[Row]]]]:
     for case, of_case in cases.items():
         names = axes_of(case, table) or ["other"]
         groups.setdefault(AXIS_TITLES.get(names[0], "other"), []).append(of_case)
-    yield from groups.items()
+    for name, group in groups.items():
+        yield name, sorted(group, key=lambda of_case: (of_case[0].case.batch, of_case[0].case.classes))
 
 
 def case_table(rows: list[Row], notes: Notes) -> list[str]:
