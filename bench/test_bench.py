@@ -51,7 +51,7 @@ def limits():
     resource.setrlimit(resource.RLIMIT_DATA, memory)
 
 
-@pytest.mark.parametrize("case, name", entries())
+@pytest.mark.parametrize("case, name", list(entries()))
 def test_time(case, name, benchmark, limits):
     method = METHODS[name]
     reason = method.why_not(case, PEERS)
