@@ -33,7 +33,7 @@ format: .venv/installed
 	@$(BIN)/ruff format .
 	@$(BIN)/clang-format -i $(CSRC)
 
-# Measures what is missing, 25 minutes if nothing is there; `python -m bench --help` for parts of it.
+# Measures what is missing, most of an hour if nothing is there; `python -m bench --help` for parts of it.
 bench: build .venv/peers
 	@$(BIN)/python -m bench $(if $(INSIGHTFACE),--insightface '$(INSIGHTFACE)')
 	@$(BIN)/python -m bench.table --write README.md docs/performance.md
