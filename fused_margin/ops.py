@@ -71,7 +71,7 @@ def sweep_loss(
     forms: Forms,
     loss_reduction: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, rows [6, B] as `Rows`, aux [6, B] as `Aux`): a sweep and what follows on [B], for a margin that kernels know.
+    """(loss, rows [6, B], aux [6, B]), see `Rows` and `Aux`: a sweep and what follows, for a margin that kernels know.
 
     loss_reduction: "none", for [B] with 0 in ignored rows; "sum"; "mean", over the rows that are not ignored.
     """

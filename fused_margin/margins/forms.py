@@ -7,7 +7,6 @@ together.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -65,6 +64,5 @@ def forms_of(margin: Margin) -> Forms | None:
     """The forms of a margin; None where it is not one that kernels know, or its parameters are no plain numbers."""
     make = _FORMS.get(type(margin))
     forms = None if make is None else make(margin)
-    if forms is None or not all(isinstance(m, (int, float)) for form in forms if form for m in form[2:]):
-        return None
-    return forms if all(math.isfinite(m) for form in forms if form for m in form[2:]) else None
+    known = forms is not None and all(isinstance(m, (int, float)) for form in forms if form for m in form[2:])
+    return forms if known else None
