@@ -50,8 +50,9 @@ class GASoftmax(Margin):
         angle = self.m * safe_angle(cos_y)
         if self.kind == "linear":
             return 1 - 2 * angle / math.pi
-        k = torch.as_tensor(self.k, dtype=cos_y.dtype, device=cos_y.device)
-        return torch.tanh((math.pi / 2 - angle) / (2 * k)) / torch.tanh(math.pi / (4 * k))
+        edge = math.pi / (4 * self.k)
+        edge = torch.tanh(edge) if isinstance(edge, Tensor) else math.tanh(edge)
+        return torch.tanh((math.pi / 2 - angle) / (2 * self.k)) / edge
 
     def rule(self) -> Rule:
         rules = {"linear": Rule("angle", (1.0, -2 / math.pi, 0.0)), "sigmoid": Rule("angle_sigmoid", (self.k,))}
