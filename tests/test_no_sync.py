@@ -30,6 +30,7 @@ READS = {
     aten.bincount.default,
     aten.histc.default,
 }
+INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default}  # by a mask it counts
 COPIES = {torch.tensor, torch.as_tensor, torch.Tensor.new_tensor, torch.from_numpy}  # of numbers on the host
 ON_META = {"backend": "reference", "compute_dtype": torch.float32}  # it has no kernels, and no autocast
 B, C, D = 12, 30, 8
@@ -53,16 +54,14 @@ class NoReads(TorchDispatchMode):
     """Raises `Waits` where a value is read, a shape depends on one, or a tensor goes to another device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func in READS:
+        kwargs = kwargs or {}
+        if func in READS or (func in INDEXING and any(t is not None and t.dtype == torch.bool for t in args[1])):
             raise Waits(str(func))
-        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
-            if any(t is not None and t.dtype in (torch.bool, torch.uint8) for t in args[1]):
-                raise Waits(f"{func} with a mask")
         if func in (aten._to_copy.default, aten.copy_.default):
-            there = (kwargs or {}).get("device") or args[0].device
-            if args[-1].device != torch.device(there):
-                raise Waits(f"{func} from {args[-1].device} to {there}")
-        return func(*args, **kwargs or {})
+            source, to = (args[0], kwargs.get("device")) if func is aten._to_copy.default else (args[1], args[0].device)
+            if to is not None and source.device != torch.device(to):
+                raise Waits(f"{func} from {source.device} to {to}")
+        return func(*args, **kwargs)
 
 
 @contextlib.contextmanager
