@@ -44,10 +44,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Exponential:
-    """From `start` to `end`, quickly at first (WeSpeaker's margin warm-up), then `end`.
+    """From `start` to `end`, quickly at first, then `end`.
 
     Equivalent to: `start + (end - start) * (1 - exp(-rate * step / steps)) / (1 - exp(-rate))` until `steps`
     Args: rate > 0 (default 6.9 = log 1000).
+    Source: WeSpeaker's margin warm-up, without the divisor: it comes to 0.999 of the way, and jumps the rest.
     """
 
     start: float

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 import fused_margin as fm
 from fused_margin.functional import margin_cross_entropy
 
-from .loss_oracle import LOSSES
+from .loss_table import LOSSES
 from .test_losses import options
 
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_margin as fm
 from fused_margin.schedules import Exponential, MarginSchedule
 
-from .loss_oracle import LOSSES
+from .loss_table import LOSSES
 from .test_losses import options
 
 aten = torch.ops.aten

@@ -43,7 +43,7 @@ class AdaFace(StatefulMargin):
     [1e-3, 100]; `T = cos(clip(theta - m q, eps, pi - eps)) - (m + m q)`, all cosines clipped to +-(1 - eps) first. In
     training mode, before use, mean and std (unbiased) move towards those of the batch by `rate`.
     Args: m >= 0 (0.4), h > 0 (0.333), rate in [0, 1] (0.01), eps (1e-3). State: `mean` 20, `std` 100 at first.
-    Source: Kim et al. 2022, AdaFace (arXiv 2204.00964) eqs. 13-16 and its code; s = 64.
+    Source: Kim et al. 2022, AdaFace (arXiv 2204.00964) and its code; s = 64.
     """
 
     needs = ("norm",)
@@ -86,7 +86,7 @@ class MagFace(Margin):
     Equivalent to: `a = clip(|x|, l_a, u_a)`, `m = l_m + (u_m - l_m) (a - l_a) / (u_a - l_a)`, `T` of
     `ArcFace(m, tail)`, and `weight (a / u_a^2 + 1 / a)` added to each row's loss.
     Args: l_a < u_a norms (10, 110), l_m <= u_m radians (0.45, 0.8), weight >= 0 (35), tail (easy, as its code).
-    Source: Meng et al. 2021, MagFace (arXiv 2103.06627) eqs. 3-4 and its code; s = 64.
+    Source: Meng et al. 2021, MagFace (arXiv 2103.06627) and its code; s = 64.
     """
 
     l_a: float = 10.0
@@ -126,7 +126,7 @@ class ElasticFace(StatefulMargin):
     Args: m, sigma >= 0 (0.5, 0.05; for "cos" 0.35, 0.05). plus: rows whose target is nearer get the smaller of the
         margins drawn (ElasticFace+, sigma 0.0175 and 0.02), as the paper says; its code puts the sorted margins in the
         order of the sorting, not of the ranks. tail: of ArcFace ("raw", as its code).
-    Source: Boutros et al. 2022, ElasticFace (arXiv 2109.09416) eqs. 6-7; s = 64. Draws come from torch's generator of
+    Source: Boutros et al. 2022, ElasticFace (arXiv 2109.09416); s = 64. Draws come from torch's generator of
     the device: `torch.manual_seed` repeats them.
     """
 
@@ -181,7 +181,7 @@ class AdaMSoftmax(StatefulMargin):
 
     Equivalent to: `T = c - m[label]` and `weight (1 - m.mean())` added to the loss; m is kept in [0, 1].
     Args: num_classes, low, high: m starts uniform in [low, high] (0.3, 0.4), weight >= 0 (70). Parameter: `m` [C].
-    Source: Liu et al. 2019, AdaptiveFace (CVPR 2019) eqs. 3-6; s = 30. For a margin that learns without penalty give
+    Source: Liu et al. 2019, AdaptiveFace (CVPR 2019); s = 30. For a margin that learns without penalty give
     `CosFace` or `ArcFace` an nn.Parameter.
     """
 
@@ -229,7 +229,8 @@ class KappaFace(StatefulMargin):
     the first end_epoch all k are 0.
     Args: counts [C] samples of each class; m (0.8), temperature T (0.4), gamma (0.7). State: `kappa`, and the sums of
         the running epoch.
-    Source: Oinar et al. 2023, KappaFace (arXiv 2201.07394) eqs. 6-11; s = 64.
+    Source: Oinar et al. 2023, KappaFace (arXiv 2201.07394) and its code, which takes w = 0.5 for all classes before the
+    first end_epoch; s = 64.
     """
 
     additive = False

@@ -70,7 +70,7 @@ class MVSoftmax(Margin):
     `N = (t + 1) c + t` (mode "adaptive") or `c + t` ("fixed") where `c_j > f(cos_y)`, else c.
     Args: m (default 0.35), t >= 0 (default 0.2; that of SV-Softmax is 1 + t). easy: "zero" takes T = c where c <= 0
         (the authors' code), "margin" where c <= m (FaceX-Zoo), None nowhere; the mask uses f in any case.
-    Source: Wang et al. 2020, MV-Softmax (arXiv 1912.00833) eqs. 6-9; s = 32.
+    Source: Wang et al. 2020, MV-Softmax (arXiv 1912.00833) and its code; s = 32.
     """
 
     t: float | Tensor = 0.2
@@ -130,7 +130,7 @@ class CurricularFace(StatefulMargin):
     Equivalent to: `T` of `ArcFace(m)`, `N = c (t + c) where c > cos(theta_y + m), else c`, and in training mode, before
     use, `t = (1 - rate) t + rate mean(cos_y)`, t a constant in the gradient.
     Args: m in radians in [0, pi] (default 0.5), rate in [0, 1] (default 0.01). State: `t`, 0 at first.
-    Source: Huang et al. 2020, CurricularFace (arXiv 2004.00288) eqs. 8-10 and its code; s = 64.
+    Source: Huang et al. 2020, CurricularFace (arXiv 2004.00288) and its code; s = 64.
     """
 
     needs = ("cos_y",)

@@ -64,7 +64,7 @@ class SphereFace2(StatefulMargin):
     "M": `z_y = s g(cos(min(m theta_y, pi))) + b`; in both `u_j = s g(c_j) + b`.
     Args: num_classes and scale, for the value that b starts with; m (C: 0.4, A: 0.5, M: 1.7), t >= 1 (3), balance in
         (0, 1) (0.7), weight > 0 (50; its config: 10). scale (40): give the head the same.
-    Source: Wen et al. 2022, SphereFace2 (arXiv 2108.01513) eqs. 4-8 and OpenSphere, which takes gradient="detached".
+    Source: Wen et al. 2022, SphereFace2 (arXiv 2108.01513) and OpenSphere, which takes gradient="detached".
     """
 
     additive = False
@@ -140,7 +140,8 @@ class UniFace(StatefulMargin):
     Equivalent to: `loss = softplus(-(s (c_y - m) - b)) + weight sum_j softplus(s c_j - b)`
     Args: num_classes, for the value log(10 C) that b starts with; m (0.4), weight > 0 (lambda, 1); per_class: a
         threshold for each class, which is the binary cross-entropy. Parameter: `b` (its negative is the bias).
-    Source: Zhou et al. 2023, UniFace (ICCV 2023) eqs. 8-11 and its code; s = 64. Sampling of rivals is left out.
+    Source: Zhou et al. 2023, UniFace (ICCV 2023) and its code; s = 64. Its sampling of rivals, and its clamp of the
+    exponents to [-s, s], are left out.
     """
 
     reduction = "softplus"
