@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .margins import RowStats
-from .margins.base import number
+from .margins.base import count
 
 
 class ScaleRule(nn.Module):
@@ -39,7 +39,7 @@ class AdaCos(ScaleRule):
 
     def __init__(self, num_classes: int, dynamic: bool = True) -> None:
         super().__init__()
-        number("num_classes", num_classes, 3, math.inf, "log(C - 1) must be positive")
+        count("num_classes", num_classes, 3, "log(C - 1) must be positive")
         self.dynamic = dynamic
         self.register_buffer("s", torch.tensor(math.sqrt(2) * math.log(num_classes - 1)))
 

@@ -180,10 +180,10 @@ def by_count(d: Dense) -> Tensor:
     return softmax(lambda d, c: arcface(c, m.to(d.s.dtype)[d.y]))(d)
 
 
-def l_softmax(d: Dense) -> Tensor:
-    """1612.02295 eq. 4, on products: d.c holds x . w."""
+def l_softmax(d: Dense, lam: float = 0.0) -> Tensor:
+    """1612.02295 eq. 4, on products: d.c holds x . w; annealed as there."""
     n = d.norm * d.w_norm
-    z = d.target(lambda c: n * oracle.sphereface((c / n).clamp(-1, 1), 4))
+    z = d.target(lambda c: (lam * c + n * oracle.sphereface((c / n).clamp(-1, 1), 4)) / (1 + lam))
     return cross_entropy(d, z, d.rivals(lambda c: c))
 
 

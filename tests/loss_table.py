@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -114,6 +115,9 @@ LOSSES: dict[str, Loss] = {
         lambda **g: fm.Annealed(fm.SphereFace(4), torch.tensor(5.0), **g), lambda c: (5 * c + sphereface(c, 4)) / 6
     ),
     "l-softmax": Loss(lambda C, D, **g: fm.LSoftmax(4, **g), l_softmax, products=True, scale=1.0),
+    "l-softmax-annealed": Loss(
+        lambda C, D, **g: fm.Annealed(fm.LSoftmax(4), 5.0, **g), partial(l_softmax, lam=5.0), products=True, scale=1.0
+    ),
     "sphereface-r-v0": _ce(lambda **g: fm.SphereFaceR(1.4, 0, **g), lambda c: sphereface(c, 1.4)),
     "sphereface-r-v1": _ce(lambda **g: fm.SphereFaceR(1.4, 1, **g), _V1),
     "cosface": _ce(lambda **g: fm.CosFace(0.35, **g), _cos(0.35)),

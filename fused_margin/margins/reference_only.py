@@ -183,6 +183,7 @@ class SFace(Margin):
     gradient: str = field(default="exact", kw_only=True)
     additive: ClassVar[bool] = False
     constants: ClassVar[bool] = True
+    softmax: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("sum_u",)
 
     def __post_init__(self) -> None:
@@ -212,6 +213,7 @@ class P2SGrad(Margin):
 
     gradient: str = field(default="exact", kw_only=True)
     additive: ClassVar[bool] = False
+    softmax: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("sum_u",)
 
     def __post_init__(self) -> None:
