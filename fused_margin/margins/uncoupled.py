@@ -144,9 +144,8 @@ class UniFace(StatefulMargin):
     """Unified cross-entropy: one threshold b, learned, separates all target cosines from all rivals.
 
     Equivalent to: `loss = softplus(-(s (c_y - m) - b)) + weight sum_j softplus(s c_j - b)`
-    Args: num_classes, for the value log(10 C) that b starts with; m (0.4), a float or a 0-dim tensor; weight > 0 (1),
-        lambda; per_class: a threshold for each class, which is the binary cross-entropy. Parameter: `b` (its negative is
-        the bias).
+    Args: num_classes, for the value log(10 C) that b starts with; m (0.4), a float or a 0-dim tensor; weight > 0 (1).
+        per_class: a threshold for each class, which is the binary cross-entropy. Parameter: `b`, the bias's negative.
     Source: Zhou et al. 2023, UniFace (ICCV 2023) and its code; s = 64. Its sampling of rivals, and its clamp of the
     exponents to [-s, s], are left out.
     """
