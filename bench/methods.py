@@ -10,7 +10,7 @@ METHODS = OWN | PEERS
 
 
 def compared(case: Case) -> list[str]:
-    """Methods of a case unless --methods says: peers at the centre, on small heads and without a margin, else our three.
+    """Methods of a case unless --methods says: peers at the centre, on small heads and without a margin, else three.
 
     Each method more is a process more for each case, and an hour more for all.
     """
