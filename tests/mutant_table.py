@@ -34,6 +34,7 @@ MUTANTS = [
         ("margin_of_another_class", "torch.where(inside, labels, 0)]", "torch.where(inside, labels - 1, 0)]"),
         ("state_moves_in_eval", "if not self.training:", "if False:"),
         ("state_after_use", "state.copy_(new)\n        return new", "state.copy_(new)\n        return old"),
+        ("margin_of_a_module_frozen", "self.register_buffer(name, value)", "setattr(self, name, float(value))"),
         ("mean_over_ignored_rows", "self.valid.sum().clamp_min(1)", "len(self.valid)"),
     ),
     *_in(
@@ -49,6 +50,7 @@ MUTANTS = [
         ("combined_m3_sign", "sin_of(self.m2)) - self.m3", "sin_of(self.m2)) + self.m3"),
         ("combined_joint", "cos_of((math.pi - self.m2) / self.m1)", "cos_of(math.pi - self.m2)"),
         ("annealed_weight", "/ (1 + self.lam)", "/ (2 + self.lam)"),
+        ("annealed_products_as_cosines", "return self.base.products", "return False"),
         ("l_softmax_norm_of_w", "rows.norm * rows.weight_norm", "rows.norm * rows.weight_norm.detach()"),
         ("multiple_unclamped", "angle.detach() > math.pi, -1.0", "angle.detach() > 4.0, -1.0"),
     ),
