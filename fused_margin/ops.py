@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import deferred
 from .backends import BACKENDS
 from .spec import SPEC_SCHEMA, Aux, Need, Spec, Want, acc_dtype
 
@@ -133,11 +134,17 @@ def _backward(ctx, g_red, g_cos_y, g_sum_u):
     need = Need.X * asked[0] | Need.W * asked[1] | Need.SCALE * asked[3] | Need.BIAS * asked[5]
     if (asked[0] and not ctx.spec.want & Want.DX) or (asked[3] and not ctx.spec.want & Want.DSCALE):
         raise RuntimeError("the gradient of x needs Want.DX in the forward, that of scale Want.DSCALE")
+    parameter = deferred.home(w) if asked[1] else None  # whose optimizer runs the dW sweep itself
+    if parameter is not None:
+        need -= Need.W
     d_x, d_w, d_scale, d_bias = _sweep_backward(
         g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
         *ctx.spec, int(need),
     )  # fmt: skip
-    if asked[1] and index is not None:  # rows of a subset: zero elsewhere
+    if parameter is not None:
+        call = deferred.Call(g_red, g_cos_y, g_sum_u, x, labels, scale, tau, bias, rule_args, red, aux)
+        d_w = deferred.gradient(w, parameter, call, index, ctx.spec)
+    elif asked[1] and index is not None:  # rows of a subset: zero elsewhere
         d_w = torch.zeros_like(w).index_copy(0, index, d_w)
     grads = [d_x if asked[0] else None, d_w if asked[1] else None, None, d_scale if asked[3] else None]
     return (*grads, None, d_bias if asked[5] else None, None, None, *(None for _ in Spec._fields))
