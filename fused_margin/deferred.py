@@ -82,8 +82,8 @@ class RowData(NamedTuple):
     def check(self) -> None:
         if self.parameter._version != self.version:
             raise RuntimeError(
-                f"a weight of {list(self.parameter.shape)} has changed since the backward pass that its deferred gradient "
-                "comes from; the sweep would find other cosines. Call zero_grad() after each step(), and change the "
+                f"a weight of {list(self.parameter.shape)} has changed since the backward pass that its deferred "
+                "gradient comes from; the sweep would find other cosines. Call zero_grad() after each step(), and change the "
                 "weight at no time between backward() and step()"
             )
 
@@ -178,7 +178,7 @@ def _add_(a: DeferredGradient, b: Tensor, alpha: float = 1) -> DeferredGradient:
 def _multiplied(grad: Tensor, factor: Tensor | float, divide: bool = False) -> list[RowData]:
     if not isinstance(grad, DeferredGradient) or (isinstance(factor, Tensor) and factor.dim()):
         raise RuntimeError(
-            f"a deferred gradient can be multiplied with a number, not with a tensor. "
+            "a deferred gradient can be multiplied with a number, not with a tensor. "
             "grad.to_dense() makes an ordinary tensor"
         )
     return [c.with_upstream(lambda g: [t / factor if divide else t * factor for t in g]) for c in grad.calls]

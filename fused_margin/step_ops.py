@@ -77,7 +77,8 @@ def _run_sweep_step(w, m, v, step, index, *rest):
         return
     count = len(lists[0])
     calls = [Call(*(field[k] if field else None for field in lists)) for k in range(count)]
-    update_rows(w, state, index, gradient(w, index, calls, spec), update)
+    wide = w if w.dtype == torch.float64 else w.float()  # so that the gradient is not rounded to 16 bit
+    update_rows(w, state, index, gradient(wide, index, calls, spec), update)
 
 
 _library.impl("update_rows", _run_update_rows, "CompositeExplicitAutograd")

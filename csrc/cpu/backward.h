@@ -68,7 +68,7 @@ void undo_norm(const Tile<T>& t, int64_t dim, const TileGradient<T>& g) {
 
 template <class T>
 void add_gradient(const Problem<T>& p, const TileProducts& products, const PackedRows<T>& x, const Tile<T>& t,
-                  const Cosines<T>& cos, const uint16_t* narrow, const TileGradient<T>& g, Ahead& ahead) {
+                  const Cosines<T>& cos, const uint16_t* narrow, const TileGradient<T>& g, Ahead& ahead, Ahead& state) {
   const bool last = g.last_call && cos.first + cos.columns == p.padded, begun = g.begun || cos.first;
   if constexpr (sizeof(T) == 4) {
     if (p.bf16) {
@@ -85,6 +85,7 @@ void add_gradient(const Problem<T>& p, const TileProducts& products, const Packe
     for (int64_t k = 0; k < cos.columns; k += kProductDepth) {
       const int64_t depth = std::min(kProductDepth, cos.columns - k);
       ahead.ask(48);
+      state.ask(48);
       const auto start = [&](int64_t m, int v) { return k || begun ? load(sums + m * P + v * lanes) : Vec<T>{}; };
       const auto multiply = [&](const auto& finish) {
         multiply_strip<Summed::columns>(t.rows, depth, cos.c + k * t.rows, t.rows * P,
@@ -145,6 +146,7 @@ struct StoreGradient {
   Storage storage;
 
   bool in_place() const { return storage == (sizeof(T) == 8 ? Storage::f64 : Storage::f32); }
+  Ahead state(int64_t, int64_t) const { return {nullptr, 0}; }
   T* place(int64_t row, int64_t dim, T* buffer) const {
     return in_place() ? static_cast<T*>(out.d_w) + row * dim : buffer;
   }
@@ -158,6 +160,11 @@ template <class T>
 struct UpdateWeights {
   const RowUpdate<T>& update;
 
+  // What of the state the rows from `first` on need, to be read ahead.
+  Ahead state(int64_t first, int64_t numbers) const {
+    const bool there = update.m && !update.w.index;
+    return {there ? update.m + first : nullptr, there ? numbers * int64_t(sizeof(T)) : 0};
+  }
   T* place(int64_t, int64_t, T* buffer) const { return buffer; }
   void finish(const Tile<T>& t, int64_t first, int64_t dim, T* d_w) const {
     Correction<T> correction;
@@ -206,6 +213,7 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
   load_tile(p, number, cut.tile_classes, depth, false, tile);
   Ahead ahead(p, number + 1, rows);
   const int64_t first = tile.first_class * p.sub_centers;
+  Ahead state = sink ? sink->state(first * p.dim, tile.rows * p.dim) : Ahead(nullptr, 0);
   if (sink) g.d_w = sink->place(first, p.dim, scratch.take<T>(rows * p.dim));
   std::fill_n(sums.along, tile.rows, Vec<T>{});
   std::fill_n(sums.d_bias, tile.rows, Vec<T>{});
@@ -219,7 +227,7 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
       part.weigh(part.p, part.in, tile, cos, narrow, sums);
       for (int64_t r = 0; r < tile.rows; r++)
         g.along[r] = has_slope(p, tile.inv[r]) ? lane_sum<T>(sums.along[r]) * tile.inv[r] : T(0);
-      if (sink) add_gradient(part.p, products, part.x, tile, cos, narrow, g, ahead);
+      if (sink) add_gradient(part.p, products, part.x, tile, cos, narrow, g, ahead, state);
     }
   }
   if (p.bf16) products.release(true);

@@ -190,6 +190,8 @@ class Ahead {
     next_ = static_cast<const char*>(p.w.data) + first * p.dim * size;
     end_ = next_ + rows * p.dim * size;
   }
+  Ahead(const void* begin, int64_t bytes) : next_(static_cast<const char*>(begin)), end_(next_ + bytes) {}
+
   FM_INLINE void ask(int64_t lines) {
     for (; lines > 0 && next_ < end_; lines--, next_ += 64) __builtin_prefetch(next_, 0, 2);
   }

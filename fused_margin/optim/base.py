@@ -1,6 +1,6 @@
 """What the optimizers of this package share: hyperparameters, state of each row, state_dict.
 
-State is float32 (float64 for float64 weights) of the weight's shape; "step" [R] counts the steps that each row has seen.
+State is float32 (float64 for float64 weights), of the weight's shape; "step" [R] counts the steps of each row.
 """
 
 from __future__ import annotations

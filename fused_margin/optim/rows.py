@@ -72,8 +72,8 @@ class RowAdamW(_Rows, AdamWRule):
         v = beta2 * v + (1 - beta2) * g**2
         w = w - lr * (m / (1 - beta1**t)) / ((v / (1 - beta2**t)).sqrt() + eps)
 
-    With every row in every gradient it is `torch.optim.AdamW`. `torch.optim.SparseAdam` takes one t for all rows, so that
-    a row which comes first in a late step moves by up to (1 - beta1) / sqrt(1 - beta2) = 3.2 times as much.
+    With every row in every gradient it is `torch.optim.AdamW`. `torch.optim.SparseAdam` takes one t for all rows, so
+    that a row which comes first in a late step moves (1 - beta1) / sqrt(1 - beta2) = 3.2 times as far.
 
     Args: as `torch.optim.AdamW`'s; dtypes as in `RowSGD`.
     """

@@ -37,8 +37,8 @@ class _Sweep(RowOptimizer):
         if not isinstance(grad, DeferredGradient):
             raise RuntimeError(
                 f"the gradient of a weight {list(w.shape)} is an ordinary tensor. It comes from a backward pass before "
-                "this optimizer was made (call zero_grad()), or the head did not give the weight itself to the sweep but "
-                "a copy of it (a cast, a parametrization), or the weight was used otherwise; RowSGD, RowAdamW and "
+                "this optimizer was made (call zero_grad()), or the head did not give the weight itself to the sweep "
+                "but a copy of it (a cast, a parametrization), or the weight was used otherwise; RowSGD, RowAdamW and "
                 "torch.optim take such gradients"
             )
         update = self._update(group)
@@ -55,7 +55,7 @@ class _Sweep(RowOptimizer):
 
 
 def merged(calls: list[RowData]) -> list[Call]:
-    """Calls whose rows can be one bigger batch as one; the others one after the other. Raises where they differ more."""
+    """Calls whose rows can be one bigger batch as one, the others in turn. Raises where they differ in more."""
     first = calls[0]
     found: list[list[Call]] = []
     for data in calls:
@@ -111,8 +111,8 @@ class SweepSGD(_Sweep, SGDRule):
 
     Between backward() and step() the weight's `.grad` is a `DeferredGradient`, which holds what the sweep needs:
     O(B x D) numbers. Several backward passes add up, whatever their scales and margins, if they have the same rival
-    rule, dtypes and sampled classes; GradScaler works; clipping by norm raises. Do not change the weight between backward
-    and step, and call `zero_grad()` after each step.
+    rule, dtypes and sampled classes; GradScaler works; clipping by norm raises. Do not change the weight between
+    backward and step, and call `zero_grad()` after each step.
 
     Args: params: weights [C, D] of fused heads, and nothing else; the rest as `torch.optim.SGD`'s.
         Weights may be float32, float64, bfloat16 or float16, plain or DTensors; momentum is float32 (float64 for
