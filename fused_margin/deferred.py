@@ -83,8 +83,8 @@ class RowData(NamedTuple):
         if self.parameter._version != self.version:
             raise RuntimeError(
                 f"a weight of {list(self.parameter.shape)} has changed since the backward pass that its deferred "
-                "gradient comes from; the sweep would find other cosines. Call zero_grad() after each step(), and change the "
-                "weight at no time between backward() and step()"
+                "gradient comes from; the sweep would find other cosines. Call zero_grad() after each step(), and "
+                "change the weight at no time between backward() and step()"
             )
 
     def with_upstream(self, f: Callable[[list[Tensor]], Iterable[Tensor]]) -> RowData:

@@ -101,13 +101,13 @@ def test_all_rows_are_the_dense_optimizer(path, choice, kind):
     for _ in range(4):
         grad = torch.randn(w.shape, generator=g, dtype=w.dtype)
         q.grad = grad.clone()
-        p.grad = {
-            "sparse": lambda: sparse(everyone, grad, w.shape),
-            "dense": lambda: grad,
-            "uncoalesced": lambda: sparse(
-                torch.cat([everyone.flip(0), everyone]), torch.cat([2 * grad.flip(0), -grad]), w.shape, False
-            ),
-        }[kind]()
+        if kind == "dense":
+            p.grad = grad
+        elif kind == "sparse":
+            p.grad = sparse(everyone, grad, w.shape)
+        else:
+            twice = torch.cat([everyone.flip(0), everyone]), torch.cat([2 * grad.flip(0), -grad])
+            p.grad = sparse(*twice, w.shape, False)
         dense.step(), mine.step()
     torch.testing.assert_close(p.detach(), q.detach(), rtol=1e-12, atol=1e-13)
 
