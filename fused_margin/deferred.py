@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .rules import RULES
 from .spec import Spec, Want
 
 _optimizers: list[weakref.ref] = []  # of live sweep optimizers
@@ -95,6 +96,8 @@ class RowData(NamedTuple):
 
 def gradient(w: Tensor, parameter: Tensor, call: Call, index: Tensor | None, spec: Spec) -> DeferredGradient:
     """Of one backward. What is kept is cloned: until the step, the caller may do as he likes with his tensors."""
+    if not RULES[spec.rule].needs_tau:
+        call = call._replace(tau=None)  # sweep_loss gives one in any case
     kept = Call(*(None if t is None else t.detach().clone() for t in call))
     index = None if index is None else index.clone()
     spec = spec._replace(want=int(Want.NONE))  # what else the forward gave makes no difference now
