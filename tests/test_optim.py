@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -442,3 +443,15 @@ def test_weights_that_a_step_changed_are_not_differentiated(path):
     fm.optim.RowSGD([p]).step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_docs():
+    """What docs/optim.md shows runs, and what it links to is there."""
+    page = Path(__file__).parent.parent / "docs/optim.md"
+    snippets = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    assert len(snippets) == 2
+    scope = {}
+    for snippet in snippets:
+        exec(snippet, scope)
+    assert isinstance(scope["head"].weight.grad, fm.optim.DeferredGradient)
+    assert "<!--" not in page.read_text()

@@ -536,13 +536,17 @@ def test_dtensor():
         p = nn.Parameter(DTensor.from_local(w.clone(), mesh, [Shard(0)]))
         q = nn.Parameter(w.clone())
         mine, dense = fm.optim.SweepAdamW([p], lr=0.01), torch.optim.AdamW([q], lr=0.01)
+        scaler = torch.amp.GradScaler("cpu", init_scale=512.0)
         for _ in range(2):
             mine.zero_grad(), dense.zero_grad()
             for part in (slice(0, 9), slice(9, 20)):
                 for t in (p.to_local(), q):
-                    fm.margin_cross_entropy(x[part], t, labels[part], fm.ArcFace(), scale=16.0).backward()
+                    loss = fm.margin_cross_entropy(x[part], t, labels[part], fm.ArcFace(), scale=16.0)
+                    scaler.scale(loss).backward()
             assert isinstance(p.grad.to_local(), DeferredGradient)
-            mine.step(), dense.step()
+            with pytest.raises(RuntimeError, match="To clip by norm, leave this weight out"):
+                nn.utils.clip_grad_norm_([p], 1.0)
+            scaler.step(mine), scaler.step(dense), scaler.update()
         assert {tuple(s.shape) for s in mine.state[p].values()} == {(40, 12), (40,)}
         torch.testing.assert_close(p.to_local(), q, rtol=1e-10, atol=1e-12)
     finally:
