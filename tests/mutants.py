@@ -40,6 +40,8 @@ TESTS = [
     "determinism",
     "parity",
     "optim",
+    "optim_use",
+    "deferred",
     "sweep_optim",
     "plan",
 ]
