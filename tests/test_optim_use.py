@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 import fused_margin as fm
+from bench import optim
 from fused_margin.update_rules import Update
 
+from .conftest import require
 from .test_optim import choices, draw, sparse
 
 
@@ -183,3 +185,16 @@ def test_docs():
         exec(snippet, scope)
     assert isinstance(scope["head"].weight.grad, fm.optim.DeferredGradient)
     assert "<!--" not in page.read_text()
+
+
+@pytest.mark.parametrize("kind", optim.PAIRS)
+def test_bench_compares_what_is_equal(kind, monkeypatch):
+    """bench.optim: parity, times of a small case, and none where there is no parity."""
+    require("cpu")
+    assert optim.parity(kind) < 1e-10
+    mine, theirs = optim.times(optim.Training(200, 16, 8, 0.1), kind, 2)
+    assert len(mine) == len(theirs) == 2
+    assert min(mine + theirs) > 0
+    monkeypatch.setattr(optim, "parity", lambda kind: 1e-9)
+    with pytest.raises(RuntimeError, match="no times before they agree"):
+        optim.measure(kind, (200, 16, 8), None)
