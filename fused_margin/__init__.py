@@ -2,7 +2,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional, pairs, schedules
+from . import functional, optim, pairs, schedules
 from .backends import BACKENDS, FallbackWarning, why_not
 from .check import check_margin
 from .functional import Stats, margin_cross_entropy
@@ -111,6 +111,7 @@ __all__ = [
     "functional",
     "margin_cross_entropy",
     "margins_by_count",
+    "optim",
     "pairs",
     "safe_angle",
     "safe_sine",
