@@ -105,8 +105,8 @@ def gradient_kernel(
             for first in range(0, D, DEPTH):
                 d = first + tl.arange(0, DEPTH)
                 b_w = load_slice(w, j_source, d, D, w_row, w_col, WHOLE).to(tl.float32) * inverse[None, :]
-                at = w_hat + (j_row - first_row).to(tl.int64)[None, :] * D + d[:, None]
-                tl.store(at, b_w.to(x.dtype.element_ty), mask=(d < D)[:, None] & valid[None, :])
+                w_at = w_hat + (j_row - first_row).to(tl.int64)[None, :] * D + d[:, None]
+                tl.store(w_at, b_w.to(x.dtype.element_ty), mask=(d < D)[:, None] & valid[None, :])
 
 
 @triton.jit
