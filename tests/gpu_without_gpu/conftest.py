@@ -24,8 +24,7 @@ RUNGS = {"interpreter": {"TRITON_INTERPRET": "1"}, "compiled": {"TRITON_INTERPRE
 
 
 def rung_of(path: Path) -> str | None:
-    name = path.relative_to(HERE).parts[0] if path.is_relative_to(HERE) else ""
-    return name if name in RUNGS else None
+    return next((name for name in RUNGS if path.is_relative_to(HERE / name)), None)
 
 
 def _in_process(config: pytest.Config, rung: str) -> bool:
@@ -95,14 +94,16 @@ def _run(item: RungItem, paths: list[Path]) -> None:
         text=True,
     )
     os.close(send)
+    finished = False
     with os.fdopen(receive) as lines:
         for line in lines:
-            _replay(session, json.loads(line))
+            message = json.loads(line)
+            finished |= message["kind"] == "end"
+            _replay(session, message)
             if session.shouldfail or session.shouldstop:
                 child.terminate()
     output = child.communicate()[0]
-    told = child.returncode in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED) or session.testsfailed
-    if not (told or session.shouldstop):
+    if not (finished or session.shouldfail or session.shouldstop):
         _fail(item, f"the rung's process ended with {child.returncode}:\n{output}")
 
 
@@ -110,6 +111,8 @@ def _replay(session: pytest.Session, message: dict) -> None:
     config = session.config
     if message["kind"] == "warning":
         config.issue_config_time_warning(pytest.PytestWarning(message["text"]), stacklevel=2)
+        return
+    if message["kind"] == "end":
         return
     report = config.hook.pytest_report_from_serializable(config=config, data=message["report"])
     if message["kind"] == "collect":

@@ -23,6 +23,9 @@ class Sender:
         if not report.passed:
             self._send("collect", report)
 
+    def pytest_sessionfinish(self) -> None:
+        print(json.dumps({"kind": "end"}), file=self.file)
+
     def pytest_warning_recorded(self, warning_message, when: str, nodeid: str) -> None:
         print(json.dumps({"kind": "warning", "text": f"{nodeid}: {warning_message.message}"}), file=self.file)
 
