@@ -94,6 +94,8 @@ class Block(Arithmetic, Movement, Warp, Wgmma, Memory):
         dtype = np.dtype(TYPES[ty])
         if o in self.reg:
             a = self.reg[o]
+            if o in self.asynchronous.in_flight:
+                raise PTXError(f"{o} is read while a wgmma may still have it")
             if a.dtype == dtype:
                 return a
             if a.dtype.itemsize == dtype.itemsize:
@@ -117,6 +119,9 @@ class Block(Arithmetic, Movement, Warp, Wgmma, Memory):
         if o == "_":
             return
         a = self.reg[o]
+        if o in self.asynchronous.in_flight:
+            raise PTXError(f"{o} is written while a wgmma may still have it")
+        self.asynchronous.unordered.add(o)
         if v.dtype != a.dtype:
             v = v.view(a.dtype) if v.dtype.itemsize == a.dtype.itemsize and v.dtype != bool else v.astype(a.dtype)
         np.copyto(a, v, where=m)
