@@ -83,7 +83,7 @@ def _(x, w, labels, scale, tau, bias, index, rule_args, *fields):
     spec = Spec(*fields)
     red = x.new_empty(x.shape[0], dtype=acc_dtype(x))
     cos_y, sum_u, aux = torch.empty_like(red), torch.empty_like(red), red.new_empty(len(Aux._fields), x.shape[0])
-    flash = spec.want & Want.DX and spec.backend != "reference"  # the reference keeps nothing for its backward
+    flash = BACKENDS[spec.backend].saves_o(x, spec)
     o_red = red.new_empty(x.shape if flash else (0,))
     o_sum = red.new_empty(x.shape if flash and spec.want & Want.SUM else (0,))
     return red, cos_y, sum_u, aux, o_red, o_sum
