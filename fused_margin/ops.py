@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .spec import SPEC_SCHEMA, Aux, Need, Spec, Want, acc_dtype
+from .margins.forms import Forms
+from .spec import SPEC_SCHEMA, Aux, Need, Rows, Spec, Want, acc_dtype
 
 _INPUTS = "Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor? tau, Tensor? bias, Tensor? index, Tensor rule_args"
 _NUM_INPUTS = 8
+_LOSS_INPUTS = 5
 
 _library = torch.library.Library("fused_margin", "DEF")
 _library.define(f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {SPEC_SCHEMA}) -> Tensor")
@@ -28,8 +30,14 @@ _library.define(
     f"Tensor o_sum, {SPEC_SCHEMA}, int need) -> (Tensor d_x, Tensor d_w, Tensor d_scale, Tensor d_bias)"
 )
 
+_library.define(
+    f"sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args, {SPEC_SCHEMA}, float[] forms, "
+    "str loss_reduction) -> (Tensor loss, Tensor rows, Tensor aux, Tensor o_red)"
+)
+
 _target_cosine = torch.ops.fused_margin.target_cosine.default
 _sweep = torch.ops.fused_margin.sweep.default
+_sweep_loss = torch.ops.fused_margin.sweep_loss.default
 _sweep_backward = torch.ops.fused_margin.sweep_backward.default
 
 
@@ -53,6 +61,39 @@ def sweep(
     return _sweep(x, w, labels, scale, tau, bias, index, rule_args, *spec)[:4]
 
 
+def sweep_loss(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    rule_args: Tensor,
+    spec: Spec,
+    forms: Forms,
+    loss_reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, rows [6, B], aux [6, B]), see `Rows` and `Aux`: a sweep and what follows, for a margin that kernels know.
+
+    loss_reduction: "none", for [B] with 0 in ignored rows; "sum"; "mean", over the rows that are not ignored.
+    """
+    run = _sweep_loss_autograd if _plain(x, w, labels, scale) else _sweep_loss
+    loss, rows, aux, _ = run(x, w, labels, scale, rule_args, *spec, forms.packed(), loss_reduction)
+    return loss, rows, aux
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd wants to see an operator's call.
+
+    Then what is registered below is called as it is: a pass through the dispatcher and back into Python costs 20 us,
+    and a step would take five of them.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
+
+
 def _run_target_cosine(x, w, labels, index, *fields):
     spec = Spec(*fields)
     return BACKENDS[spec.backend].target_cosine(x, w, labels, index, spec)
@@ -68,8 +109,14 @@ def _run_sweep_backward(*args):
     return BACKENDS[spec.backend].sweep_backward(*args[: -1 - len(Spec._fields)], spec, args[-1])
 
 
+def _run_sweep_loss(*args):
+    spec = Spec(*args[_LOSS_INPUTS:-2])
+    return BACKENDS[spec.backend].sweep_loss(*args[:_LOSS_INPUTS], spec, *args[-2:])
+
+
 _library.impl("target_cosine", _run_target_cosine, "CompositeExplicitAutograd")
 _library.impl("sweep", _run_sweep, "CompositeExplicitAutograd")
+_library.impl("sweep_loss", _run_sweep_loss, "CompositeExplicitAutograd")
 _library.impl("sweep_backward", _run_sweep_backward, "CompositeExplicitAutograd")
 
 
@@ -87,6 +134,15 @@ def _(x, w, labels, scale, tau, bias, index, rule_args, *fields):
     o_red = red.new_empty(x.shape if flash else (0,))
     o_sum = red.new_empty(x.shape if flash and spec.want & Want.SUM else (0,))
     return red, cos_y, sum_u, aux, o_red, o_sum
+
+
+@torch.library.register_fake("fused_margin::sweep_loss")
+def _(x, w, labels, scale, rule_args, *rest):
+    spec, loss_reduction = Spec(*rest[:-2]), rest[-1]
+    batch, of_row = x.shape[0], loss_reduction == "none"
+    rows = x.new_empty(len(Rows._fields), batch, dtype=acc_dtype(x))
+    loss, aux = rows.new_empty((batch,) if of_row else ()), rows.new_empty(len(Aux._fields), batch)
+    return loss, rows, aux, rows.new_empty(x.shape if spec.want & Want.DX else (0,))
 
 
 @torch.library.register_fake("fused_margin::sweep_backward")
@@ -118,6 +174,30 @@ class _Sweep(torch.autograd.Function):
         return _backward(ctx, g_red, g_cos_y, g_sum_u)
 
 
+class _SweepLoss(torch.autograd.Function):
+    """The same for `sweep_loss`, which leaves its own slopes by red, by the target's cosine and by the scale."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        output = _sweep_loss_below(*args)
+        _, rows, aux, o_red = output
+        ctx.spec = Spec(*args[_LOSS_INPUTS:-2])
+        ctx.mark_non_differentiable(rows, aux, o_red)
+        ctx.save_for_backward(*args[:_LOSS_INPUTS], rows, aux, o_red)
+        return output
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        x, w, labels, scale, rule_args, rows, aux, o_red = ctx.saved_tensors
+        row, asked = Rows(*rows.unbind()), ctx.needs_input_grad
+        inputs = (x, w, labels, scale, row.tau, None, None, rule_args, row.red, aux, o_red, o_red.new_empty(0))
+        upstream = (g * row.by_red, g * row.by_cos_y, torch.zeros_like(row.by_red))
+        d_x, d_w, d_scale, _ = _gradients(ctx.spec, upstream, inputs, (asked[0], asked[1], asked[3], False))
+        if asked[3]:
+            d_scale = d_scale + (g * row.by_scale).to(d_scale.dtype)
+        return (d_x, d_w, None, d_scale, *(None for _ in range(len(Spec._fields) + 3)))
+
+
 def _sweep_autograd(*args):
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:_NUM_INPUTS]):
         return _Sweep.apply(*args)
@@ -126,21 +206,36 @@ def _sweep_autograd(*args):
 
 
 def _backward(ctx, g_red, g_cos_y, g_sum_u):
+    asked = [ctx.needs_input_grad[i] for i in (0, 1, 3, 5)]
+    d_x, d_w, d_scale, d_bias = _gradients(ctx.spec, (g_red, g_cos_y, g_sum_u), ctx.saved_tensors, asked)
+    return (d_x, d_w, None, d_scale, None, d_bias, None, None, *(None for _ in Spec._fields))
+
+
+def _gradients(spec, upstream, inputs, asked):
+    """Those asked for of x, w, scale and bias, None in place of the others."""
     if torch.is_grad_enabled():  # create_graph=True: what comes out would pass for a constant
         raise RuntimeError("fused_margin has first derivatives only; for second ones write the loss in plain PyTorch")
-    x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum = ctx.saved_tensors
-    asked = ctx.needs_input_grad
-    need = Need.X * asked[0] | Need.W * asked[1] | Need.SCALE * asked[3] | Need.BIAS * asked[5]
-    if (asked[0] and not ctx.spec.want & Want.DX) or (asked[3] and not ctx.spec.want & Want.DSCALE):
+    if (asked[0] and not spec.want & Want.DX) or (asked[2] and not spec.want & Want.DSCALE):
         raise RuntimeError("the gradient of x needs Want.DX in the forward, that of scale Want.DSCALE")
-    d_x, d_w, d_scale, d_bias = _sweep_backward(
-        g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
-        *ctx.spec, int(need),
-    )  # fmt: skip
+    need = sum(int(flag) for flag, wanted in zip((Need.X, Need.W, Need.SCALE, Need.BIAS), asked, strict=True) if wanted)
+    run = _run_sweep_backward if _plain(*upstream, inputs[0], inputs[1]) else _sweep_backward
+    grads = list(run(*upstream, *inputs, *spec, need))
+    w, index = inputs[1], inputs[6]
     if asked[1] and index is not None:  # rows of a subset: zero elsewhere
-        d_w = torch.zeros_like(w).index_copy(0, index, d_w)
-    grads = [d_x if asked[0] else None, d_w if asked[1] else None, None, d_scale if asked[3] else None]
-    return (*grads, None, d_bias if asked[5] else None, None, None, *(None for _ in Spec._fields))
+        grads[1] = torch.zeros_like(w).index_copy(0, index, grads[1])
+    return [grad if wanted else None for grad, wanted in zip(grads, asked, strict=True)]
+
+
+def _sweep_loss_below(*args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return (_run_sweep_loss if _plain(*args[:_LOSS_INPUTS]) else _sweep_loss)(*args)
+
+
+def _sweep_loss_autograd(*args):
+    if torch.is_grad_enabled() and any(args[i].requires_grad for i in (0, 1, 3)):
+        return _SweepLoss.apply(*args)
+    return _sweep_loss_below(*args)
 
 
 _library.impl("sweep", _sweep_autograd, "Autograd")
+_library.impl("sweep_loss", _sweep_loss_autograd, "Autograd")

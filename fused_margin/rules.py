@@ -104,6 +104,8 @@ class Rule(NamedTuple):
     def tensor(self, like: Tensor) -> Tensor:
         """The arguments as one small tensor [n] of `like`'s device, float64 where `like` is, else float32."""
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        if not self.args:
+            return like.new_empty(0, dtype=dtype)
         if any(isinstance(a, Tensor) for a in self.args):
             return torch.stack([torch.as_tensor(a, dtype=dtype, device=like.device) for a in self.args])
         return torch.tensor(self.args, dtype=dtype, device=like.device)

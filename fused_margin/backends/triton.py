@@ -1,4 +1,7 @@
-"""The Triton backend: NVIDIA and AMD GPUs; with TRITON_INTERPRET=1 also CPU tensors, for tests. Imports Triton on use."""
+"""The Triton backend: NVIDIA and AMD GPUs; with TRITON_INTERPRET=1 also CPU tensors, for tests.
+
+Triton is imported when a sweep first runs.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """The backward of the sweep by chunks of classes: a chunk's G, and the gradient of its rows of w.
 
     G_ij  = (p_i A_ij + q_i) N'_ij          in the operands' dtype; f_i = s_i g_i goes into x or into the row's end
-    dW_j  = (h_j - (h_j . w_hat_j) w_hat_j) / |w_j|,    h_j = sum_i G_ij f_i x_hat_i + sum_{i: y_i = j} g_cos_y_i x_hat_i
+    dW_j  = (h_j - (h_j . w_hat_j) w_hat_j) / |w_j|
+    h_j   = sum_i G_ij f_i x_hat_i + sum_{i: y_i = j} g_cos_y_i x_hat_i
 
 The sum over i is a library product. The targets' share is added in the order of the rows, without atomics.
 """
@@ -78,7 +79,7 @@ def gradient_kernel(
     if BIAS:
         j_bias = tl.load(bias + tl.minimum(j_class, classes - 1).to(tl.int64) * bias_step).to(tl.float32)
     if SOFTPLUS:
-        value, weight = softplus(scale[:, None] * v + j_bias[None, :])
+        _, weight = softplus(scale[:, None] * v + j_bias[None, :])
     else:
         e = exponent(v, scale_hi[:, None], scale_lo[:, None], (j_bias * 1.4426950408889634)[None, :], power[:, None])
         weight = tl.exp2(tl.where(keep, e - rest[:, None], float("-inf")))
@@ -100,7 +101,7 @@ def gradient_kernel(
             g *= HALF_UNIT
         at = gradient + i.to(tl.int64)[:, None] * chunk + (j_row - first_row)[None, :]
         tl.store(at, g.to(x.dtype.element_ty), mask=(i < batch)[:, None] & valid[None, :])
-    if TO_W_HAT:
+    if TO_W_HAT:  # noqa: SIM102 (a constant, and a value that is known when the kernel runs)
         if block == 0:  # for the product with G that gives dX; the rows are in the cache
             for first in range(0, D, DEPTH):
                 d = first + tl.arange(0, DEPTH)
@@ -149,14 +150,14 @@ def finish_weights(
     """`products` [rows of the chunk, D] = sum_i G_ij f_i x_hat_i in units of `unit`; d_w starts at the chunk's rows."""
     CLASSES: tl.constexpr = SLOTS // GROUP
     low = first_class + tl.program_id(0) * CLASSES
-    j_class, j_row, j_source, valid = tile_rows(0, classes - low, index, SLOTS, CENTERS, GROUP, False)
+    _, j_row, j_source, valid = tile_rows(0, classes - low, index, SLOTS, CENTERS, GROUP, False)
     j_source += low.to(tl.int64) * CENTERS
     if INDEXED:
         j_source = tl.load(index + j_source)
     if TO_BIAS:
         j = tl.arange(0, CLASSES)
         j_sum = tl.zeros((CLASSES,), tl.float32)
-        for block in range(0, blocks):
+        for block in range(blocks):
             at = bias_parts + block * (chunk // CENTERS) + low - first_class + j
             j_sum += tl.load(at, mask=low + j < classes, other=0.0)
         tl.store(d_bias + low + j, j_sum.to(d_bias.dtype.element_ty), mask=low + j < classes)

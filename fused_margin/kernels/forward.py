@@ -91,7 +91,7 @@ def sweep_kernel(
     begin = (split.to(tl.int64) * tiles // splits).to(tl.int32)
     end = ((split.to(tl.int64) + 1) * tiles // splits).to(tl.int32)
     for tile in range(begin, end):
-        j_class, j_row, j_source, valid = tile_rows(tile, classes, index, SLOTS, CENTERS, GROUP, INDEXED)
+        j_class, _, j_source, valid = tile_rows(tile, classes, index, SLOTS, CENTERS, GROUP, INDEXED)
         c, inverse = cosines(
             x, i, x_row, w, j_source, D, w_row, w_col, ROWS, SLOTS, DEPTH, WHOLE, NORMALIZE, RANGE, PRECISION
         )

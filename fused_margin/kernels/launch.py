@@ -16,6 +16,7 @@ from . import backward, forward, rows
 from .configs import Cut, Device, Tile, device_for
 
 _SCAN = 1024  # rows whose targets are compared at a time
+_ROWS, _ROW_ELEMENTS = 16, 2048  # of a program that works on single rows, at most
 _FINISH = 8192  # elements of a tile of finish_weights
 _COEFFICIENTS = 7
 _CHUNK_CLASSES = 4096, 131072  # of a chunk, at least and at most
@@ -50,6 +51,10 @@ class _Plan(NamedTuple):
     @property
     def row_width(self) -> int:  # a power of two for a row with its padding
         return _power_of_two(self.operand_row, 16)
+
+    @property
+    def rows(self) -> int:  # of x, in a program that works on single rows
+        return max(1, min(_ROWS, _ROW_ELEMENTS // self.row_width))
 
     @property
     def half(self) -> bool:
@@ -120,12 +125,12 @@ def _prologue(p: _Plan, padded: int, x, w, labels, scale, tau, index, spec: Spec
     )
     cos_y = x.new_empty(p.batch if to_cosine else 0, dtype=torch.float32)
     _run(
-        rows.prologue, size, x, w, index if index is not None else labels, labels, scale if scale is not None else x,
+        rows.prologue, -(-size // p.rows), x, w, index if index is not None else labels, labels, scale if scale is not None else x,
         tau if tau is not None else x, *buffers, cos_y,
         p.batch, p.dim, *x.stride(), *w.stride(), _step(labels), _step(scale), _step(tau), p.operand_row, p.classes,
         spec.first_class, spec.ignore_index, size,
         HAS_TAU=tau is not None, INDEXED=index is not None, CENTERS=spec.sub_centers, NORMALIZE_X=spec.normalize_x,
-        NORMALIZE_W=spec.normalize_w, TO_COSINE=to_cosine and p.classes > 0, TO_OPERAND=to_operand, WIDTH=p.row_width,
+        NORMALIZE_W=spec.normalize_w, TO_COSINE=to_cosine and p.classes > 0, TO_OPERAND=to_operand, WIDTH=p.row_width, ROWS=p.rows,
     )  # fmt: skip
     if to_cosine and not p.classes:
         cos_y.zero_()
@@ -191,8 +196,8 @@ def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple
         red, sum_u, aux = new(p.batch), new(p.batch), new(len(Aux._fields), p.batch)
         o_red = new(p.batch, p.dim) if flash else new(0)
         _run(
-            rows.epilogue, p.batch, state, o, scale, red, aux, sum_u, o_red, p.batch, padded, p.dim, _step(scale),
-            splits, SOFTPLUS=spec.reduction == "softplus", HALF=p.half, MOST=_power_of_two(splits), WIDTH=p.width,
+            rows.epilogue, -(-p.batch // p.rows), state, o, scale, red, aux, sum_u, o_red, p.batch, padded, p.dim, _step(scale),
+            splits, SOFTPLUS=spec.reduction == "softplus", HALF=p.half, SPLITS=_power_of_two(splits), WIDTH=p.width, ROWS=p.rows,
             **flags,
         )  # fmt: skip
         return red, cos_y, sum_u, aux, o_red, new(0)
@@ -219,12 +224,12 @@ def _backward_rows(p, padded, g_red, g_sum, x, w, labels, scale, index, red, aux
     )  # fmt: skip
     low = Aux(*aux).red_low
     _run(
-        rows.backward_rows, padded, x, w, index if index is not None else labels, labels, scale, g_red, g_sum, red, low,
+        rows.backward_rows, -(-padded // p.rows), x, w, index if index is not None else labels, labels, scale, g_red, g_sum, red, low,
         *r, aux, d_scale, p.batch, p.dim, *x.stride(), *w.stride(), _step(labels), _step(scale), _step(g_red),
         _step(g_sum), _step(red), _step(low), p.operand_row, p.classes, spec.first_class, spec.ignore_index, padded,
         SOFTPLUS=spec.reduction == "softplus", INDEXED=index is not None,
         CENTERS=spec.sub_centers if p.classes else 0, NORMALIZE_X=spec.normalize_x, NORMALIZE_W=spec.normalize_w,
-        TO_SCALE=to_scale, WIDTH=p.row_width, SCAN=min(_SCAN, _power_of_two(p.batch, 16)),
+        TO_SCALE=to_scale, WIDTH=p.row_width, ROWS=p.rows, SCAN=min(max(_SCAN // p.rows, 16), _power_of_two(p.batch, 16)),
     )  # fmt: skip
     return r
 
@@ -264,10 +269,10 @@ def sweep_backward(
             _chunks(p, tile, padded, inputs, r, g_cos_y, (o if swept_x else None), d_w, d_bias, spec, need)
         if need & Need.X:
             _run(
-                rows.finish_x, p.batch, x, w, index if index is not None else labels, labels, o,
-                r.coefficients[6 if flash else 4], g_cos_y, r.target_row, d_x, p.dim, *x.stride(), *w.stride(),
-                _step(labels), _step(g_cos_y), spec.ignore_index, FLASH=flash, HALF=p.half and not flash,
-                INDEXED=index is not None, NORMALIZE_X=spec.normalize_x, NORMALIZE_W=spec.normalize_w, WIDTH=p.width,
+                rows.finish_x, -(-p.batch // p.rows), x, w, index if index is not None else labels, labels, o,
+                r.coefficients[6 if flash else 4], g_cos_y, r.target_row, d_x, p.batch, p.dim, *x.stride(), *w.stride(),
+                _step(labels), _step(g_cos_y), spec.ignore_index, HALF=p.half and not flash,
+                INDEXED=index is not None, NORMALIZE_X=spec.normalize_x, NORMALIZE_W=spec.normalize_w, WIDTH=p.width, ROWS=p.rows,
             )  # fmt: skip
         return d_x, d_w, d_scale, d_bias
 

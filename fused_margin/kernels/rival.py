@@ -1,6 +1,6 @@
 """Rival rules N(c) and their slopes N'(c) as fused_margin/rules.py defines them, and the reductions over rivals.
 
-Logarithms and exponentials are to base 2; scale * log2(e) comes as a sum of two numbers, so that folding rounds nothing.
+Exponentials are to base 2: scale * log2(e) comes as a sum of two numbers, so that folding rounds nothing.
 """
 
 import triton

@@ -1,4 +1,4 @@
-"""Work on single rows of x, one program a row: before the sweep, after it, and around the backward.
+"""Work on rows of x, a few rows a program: before the sweep, after it, and around the backward.
 
 prologue       x_hat in the operands' dtype, cos_y and the target, the row's constants
 epilogue       the splits' sums and O merged in their order: red, aux, sum_u
@@ -10,55 +10,76 @@ import triton
 import triton.language as tl
 
 from .forward import NO_POWER, STATES
-from .tile import EPS, HALF_UNIT, clamp, inverse_norm
+from .tile import EPS, HALF_UNIT, clamp, inverse_norm, power_of_two
 
 LOG2E = tl.constexpr(1.4426950408889634)
 NOWHERE = tl.constexpr(2147483647)  # sorts a row without target behind all classes
 
 
 @triton.jit
-def _target(label, first_class, classes, ignore_index):
-    """The label as a class of this shard, or -1."""
-    here = (label != ignore_index) & (label >= first_class) & (label < first_class + classes)
-    return tl.where(here, label - first_class, -1).to(tl.int32)
+def _targets(labels, i, label_step, batch, first_class, classes, ignore_index):
+    """The labels as classes of this shard, or -1 [i]; and whether the row takes part."""
+    label = tl.load(labels + i * label_step, mask=i < batch, other=ignore_index)
+    counts = label != ignore_index
+    here = counts & (label >= first_class) & (label < first_class + classes)
+    return tl.where(here, label - first_class, -1).to(tl.int32), counts & (i < batch)
 
 
 @triton.jit
-def _unit_row(x, row, live, D, x_row, x_col, WIDTH: tl.constexpr, NORMALIZE: tl.constexpr):
-    """x_hat [WIDTH], 1 / |x|, and whether the norm is a constant."""
+def _rows(t, row, valid, D, row_step, col_step, WIDTH: tl.constexpr):
+    """Rows of a matrix in float32 [row, WIDTH], zero where they are not valid and beyond D."""
     d = tl.arange(0, WIDTH)
-    b_x = tl.load(x + row * x_row + d.to(tl.int64) * x_col, mask=d < tl.where(live, D, 0), other=0.0).to(tl.float32)
-    if NORMALIZE:
-        square = tl.sum(b_x * b_x, 0)
-        inverse = inverse_norm(square)
-        return b_x * inverse, inverse, tl.sqrt_rn(square) < EPS
-    return b_x, tl.full((), 1.0, tl.float32), live | True
+    at = t + row.to(tl.int64)[:, None] * row_step + d.to(tl.int64)[None, :] * col_step
+    return tl.load(at, mask=valid[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _closest_center(
+def _unit_rows(x, i, valid, D, x_row, x_col, WIDTH: tl.constexpr, NORMALIZE: tl.constexpr):
+    """x_hat [i, WIDTH], 1 / |x|, and whether the norm has a slope."""
+    b_x = _rows(x, i, valid, D, x_row, x_col, WIDTH)
+    if NORMALIZE:
+        square = tl.sum(b_x * b_x, 1)
+        inverse = inverse_norm(square)
+        return b_x * inverse[:, None], inverse, tl.sqrt_rn(square) >= EPS
+    return b_x, tl.full(i.shape, 1.0, tl.float32), i < 0
+
+
+@triton.jit
+def _source(row, index, INDEXED: tl.constexpr):
+    """Where in w a row lies of those that are read; of -1, some row."""
+    source = tl.maximum(row, 0).to(tl.int64)
+    if INDEXED:
+        source = tl.load(index + source, mask=row >= 0, other=0)
+    return source
+
+
+@triton.jit
+def _closest_centers(
     x_hat, y, w, index, D, w_row, w_col, CENTERS: tl.constexpr, INDEXED: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """The target's cosine and its row among those read, the first of the class's maxima; 0 and -1 without a target."""
-    d = tl.arange(0, WIDTH)
-    best = tl.full((), 0.0, tl.float32)
-    best_row = y * 0 - 1
-    for center in range(0, CENTERS):
-        b_row = tl.maximum(y, 0) * CENTERS + center
-        source = b_row.to(tl.int64)
-        if INDEXED:
-            source = tl.load(index + source, mask=y >= 0, other=0)
-        b_w = tl.load(w + source * w_row + d.to(tl.int64) * w_col, mask=d < tl.where(y >= 0, D, 0), other=0.0).to(
-            tl.float32
-        )
-        c = tl.sum(x_hat * b_w, 0)
+    """Cosines of the targets, and their rows among those read, the first of a class's maxima; 0 and -1 without one."""
+    best = tl.zeros(y.shape, tl.float32)
+    best_row = tl.full(y.shape, -1, tl.int32)
+    for center in range(CENTERS):
+        row = tl.where(y >= 0, y * CENTERS + center, -1)
+        b_w = _rows(w, _source(row, index, INDEXED), row >= 0, D, w_row, w_col, WIDTH)
+        c = tl.sum(x_hat * b_w, 1)
         if NORMALIZE:
-            c *= inverse_norm(tl.sum(b_w * b_w, 0))
-        better = (y >= 0) & ((best_row < 0) | (c > best))
+            c *= inverse_norm(tl.sum(b_w * b_w, 1))
+        better = (row >= 0) & ((best_row < 0) | (c > best))
         best = tl.where(better, c, best)
-        best_row = tl.where(better, b_row, best_row)
+        best_row = tl.where(better, row, best_row)
     return best, best_row
+
+
+@triton.jit
+def _folded_rest(s, hi):
+    """s log2(e) - hi: log2(e) is cut in two, and so is s, so that all products but the last are exact."""
+    s_hi = (s.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)  # 12 significant bits
+    c_hi: tl.constexpr = 1.4423828125  # 11 significant bits
+    c_lo: tl.constexpr = 0.000312228388963387
+    return ((s_hi * c_hi - hi) + (s - s_hi) * c_hi) + s * c_lo
 
 
 @triton.jit
@@ -95,42 +116,39 @@ def prologue(
     TO_COSINE: tl.constexpr,
     TO_OPERAND: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """Rows beyond the batch, columns beyond D and ignored rows of `operand` [padded, operand_row] are zero."""
-    row = tl.program_id(0).to(tl.int64)
-    live = row < batch
-    label = tl.load(labels + row * label_step, mask=live, other=ignore_index)
-    y = _target(label, first_class, classes, ignore_index)
-    x_hat, inverse, constant = _unit_row(x, row, live & (label != ignore_index), D, x_row, x_col, WIDTH, NORMALIZE_X)
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    y, counts = _targets(labels, i, label_step, batch, first_class, classes, ignore_index)
+    x_hat, _, _ = _unit_rows(x, i, counts, D, x_row, x_col, WIDTH, NORMALIZE_X)
     if TO_COSINE:
-        c, y_row = _closest_center(x_hat, y, w, index, D, w_row, w_col, CENTERS, INDEXED, NORMALIZE_W, WIDTH)
+        c, _ = _closest_centers(x_hat, y, w, index, D, w_row, w_col, CENTERS, INDEXED, NORMALIZE_W, WIDTH)
         if NORMALIZE_X and NORMALIZE_W:
             c = clamp(c)
-        tl.store(cos_y + row, c, mask=live)
+        tl.store(cos_y + i, c, mask=i < batch)
     if TO_OPERAND:
         d = tl.arange(0, WIDTH)
-        tl.store(operand + row * operand_row + d, x_hat.to(operand.dtype.element_ty), mask=d < operand_row)
-        tl.store(target + row, y)
-        s = tl.load(scale + row * scale_step, mask=live, other=1.0).to(tl.float32)
+        inside = i < padded
+        at = operand + i[:, None] * operand_row + d[None, :]
+        tl.store(at, x_hat.to(operand.dtype.element_ty), mask=inside[:, None] & (d < operand_row)[None, :])
+        tl.store(target + i, y, mask=inside)
+        s = tl.load(scale + i * scale_step, mask=i < batch, other=1.0).to(tl.float32)
         hi = s * LOG2E
-        tl.store(constants + row, hi)
-        tl.store(constants + padded + row, _folded_rest(s, hi))
+        tl.store(constants + i, hi, mask=inside)
+        tl.store(constants + padded + i, _folded_rest(s, hi), mask=inside)
+        threshold = tl.zeros((ROWS,), tl.float32)
         if HAS_TAU:
-            t = tl.load(tau + row * tau_step, mask=live, other=0.0).to(tl.float32)
-            tl.store(constants + 2 * padded + row, t)
-        else:
-            tl.store(constants + 2 * padded + row, 0.0)
-        tl.store(constants + 3 * padded + row, s)
+            threshold = tl.load(tau + i * tau_step, mask=i < batch, other=0.0).to(tl.float32)
+        tl.store(constants + 2 * padded + i, threshold, mask=inside)
+        tl.store(constants + 3 * padded + i, s, mask=inside)
 
 
 @triton.jit
-def _folded_rest(s, hi):
-    """s log2(e) - hi: log2(e) in three parts, of which s times the first two is exact."""
-    s_hi = (s.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)  # 12 significant bits
-    s_lo = s - s_hi
-    c_hi: tl.constexpr = 1.4423828125
-    c_lo: tl.constexpr = 0.0003122283889634
-    return ((s_hi * c_hi - hi) + s_lo * c_hi) + s * c_lo
+def _partial(state, number, i, padded, split, splits, batch, other):
+    """One of a row's sums, of every split [i, split]."""
+    at = state + (split.to(tl.int64) * STATES + number)[None, :] * padded + i[:, None]
+    return tl.load(at, mask=(i < batch)[:, None] & (split < splits)[None, :], other=other)
 
 
 @triton.jit
@@ -153,60 +171,53 @@ def epilogue(
     SUM: tl.constexpr,
     FLASH: tl.constexpr,
     HALF: tl.constexpr,
-    MOST: tl.constexpr,
+    SPLITS: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    split = tl.arange(0, MOST)
-    there = split < splits
-    at = state + split.to(tl.int64) * STATES * padded + row
-    powers = tl.load(at, mask=there, other=NO_POWER)
-    power = tl.max(powers, 0)
-    factor = tl.exp2(powers - power)
-    total = tl.sum(tl.load(at + padded, mask=there, other=0.0) * factor, 0)
-    total += tl.sum(tl.load(at + 2 * padded, mask=there, other=0.0) * factor, 0)
-    if SOFTPLUS:
-        value, low = total, tl.full((), 0.0, tl.float32)
-        whole = low + 1
-    else:
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = i < batch
+    split = tl.arange(0, SPLITS)
+    zero = tl.zeros((ROWS,), tl.float32)
+    powers = _partial(state, 0, i, padded, split, splits, batch, NO_POWER)
+    power = tl.max(powers, 1)
+    factor = tl.exp2(powers - power[:, None])
+    total = tl.sum(_partial(state, 1, i, padded, split, splits, batch, 0.0) * factor, 1)
+    total += tl.sum(_partial(state, 2, i, padded, split, splits, batch, 0.0) * factor, 1)
+    value, low, whole = total, zero, zero + 1
+    if not SOFTPLUS:
         value, low = _logarithm(total, power)
         whole = tl.where(total == 0, 1.0, total)
-    tl.store(red + row, value)
-    tl.store(aux + 5 * batch + row, low)
-    best = tl.full((MOST,), float("-inf"), tl.float32)
-    count = tl.zeros((MOST,), tl.float32)
-    masked = tl.zeros((MOST,), tl.float32)
-    mean_v = tl.zeros((MOST,), tl.float32)
-    sum_v = tl.zeros((MOST,), tl.float32)
+    best, count, masked, mean_v, sum_v, sums = zero - float("inf"), zero, zero, zero, zero, zero
     if STATS:
-        best = tl.load(at + 3 * padded, mask=there, other=float("-inf"))
-        count = tl.load(at + 4 * padded, mask=there, other=0.0)
-        masked = tl.load(at + 5 * padded, mask=there, other=0.0)
+        best = tl.max(_partial(state, 3, i, padded, split, splits, batch, float("-inf")), 1)
+        count = tl.sum(_partial(state, 4, i, padded, split, splits, batch, 0.0), 1)
+        masked = tl.sum(_partial(state, 5, i, padded, split, splits, batch, 0.0), 1)
     if MEAN:
-        mean_v = tl.load(at + 6 * padded, mask=there, other=0.0)
+        mean_v = tl.sum(_partial(state, 6, i, padded, split, splits, batch, 0.0) * factor, 1) / whole
     if SUM:
-        sum_v = tl.load(at + 7 * padded, mask=there, other=0.0)
-    tl.store(aux + row, tl.max(best, 0))
-    tl.store(aux + batch + row, tl.sum(count, 0))
-    tl.store(aux + 2 * batch + row, tl.sum(masked, 0))
-    tl.store(aux + 3 * batch + row, tl.sum(mean_v * factor, 0) / whole)
-    tl.store(aux + 4 * batch + row, tl.sum(sum_v, 0))
-    if SUM:
-        s = tl.load(scale + row * scale_step).to(tl.float32)
-        sum_bias = tl.sum(tl.load(at + 8 * padded, mask=there, other=0.0), 0)
-        tl.store(sum_u + row, s * tl.sum(sum_v, 0) + sum_bias)
-    else:
-        tl.store(sum_u + row, 0.0)
+        sum_v = tl.sum(_partial(state, 7, i, padded, split, splits, batch, 0.0), 1)
+        s = tl.load(scale + i * scale_step, mask=live, other=0.0).to(tl.float32)
+        sums = s * sum_v + tl.sum(_partial(state, 8, i, padded, split, splits, batch, 0.0), 1)
+    tl.store(red + i, value, mask=live)
+    tl.store(sum_u + i, sums, mask=live)
+    tl.store(aux + i, best, mask=live)
+    tl.store(aux + batch + i, count, mask=live)
+    tl.store(aux + 2 * batch + i, masked, mask=live)
+    tl.store(aux + 3 * batch + i, mean_v, mask=live)
+    tl.store(aux + 4 * batch + i, sum_v, mask=live)
+    tl.store(aux + 5 * batch + i, low, mask=live)
     if FLASH:
         d = tl.arange(0, WIDTH)
-        h = tl.zeros((WIDTH,), tl.float32)
-        for number in range(0, splits):
-            b_power = tl.load(state + tl.cast(number, tl.int64) * STATES * padded + row)
-            b_o = tl.load(o + (tl.cast(number, tl.int64) * padded + row) * D + d, mask=d < D, other=0.0)
-            h += b_o * tl.exp2(b_power - power)
+        mask = live[:, None] & (d < D)[None, :]
+        h = tl.zeros((ROWS, WIDTH), tl.float32)
+        for number in range(splits):
+            row = tl.cast(number, tl.int64) * padded + i
+            share = tl.exp2(tl.load(state + row + (STATES - 1) * number * padded, mask=live, other=NO_POWER) - power)
+            h += tl.load(o + row[:, None] * D + d[None, :], mask=mask, other=0.0) * share[:, None]
         if HALF:
             h *= 1 / HALF_UNIT
-        tl.store(o_red + row * D + d, h / whole, mask=d < D)
+        tl.store(o_red + i[:, None] * D + d[None, :], h / whole[:, None], mask=mask)
 
 
 @triton.jit
@@ -220,9 +231,35 @@ def _logarithm(total, power):
     rest = tl.log(fraction) - whole * 2.121944400546905e-4
     value = first + rest
     low = rest - (value - first)
-    nan = total != total
-    value = tl.where(total > 0, value, tl.where(nan, total, float("-inf")))
-    return value, tl.where(total > 0, low, 0.0)
+    without = tl.where(total == total, float("-inf"), total)  # a NaN stays one
+    return tl.where(total > 0, value, without), tl.where(total > 0, low, 0.0)
+
+
+@triton.jit
+def _order(labels, label_step, i, y, batch, first_class, classes, ignore_index, ROWS: tl.constexpr, SCAN: tl.constexpr):
+    """Each row's place when rows are sorted by their target's class, and by number where it is the same."""
+    own = tl.where(y >= 0, y, NOWHERE)
+    rank = tl.zeros((ROWS,), tl.int32)
+    for first in range(0, batch, SCAN):
+        k = first + tl.arange(0, SCAN).to(tl.int64)
+        other, _ = _targets(labels, k, label_step, batch, first_class, classes, ignore_index)
+        other = tl.where(other >= 0, other, NOWHERE)
+        before = (other[None, :] < own[:, None]) | ((other[None, :] == own[:, None]) & (k[None, :] < i[:, None]))
+        rank += tl.sum((before & (k < batch)[None, :]).to(tl.int32), 1)
+    return own, rank
+
+
+@triton.jit
+def _largest_factor(scale, g_red, g_sum, scale_step, g_red_step, g_sum_step, batch, SCAN: tl.constexpr):
+    """The power of two next below the largest f of the batch."""
+    top = tl.zeros((SCAN,), tl.float32)
+    for first in range(0, batch, SCAN):
+        k = first + tl.arange(0, SCAN).to(tl.int64)
+        g = tl.abs(tl.load(g_red + k * g_red_step, mask=k < batch, other=0.0).to(tl.float32))
+        h = tl.abs(tl.load(g_sum + k * g_sum_step, mask=k < batch, other=0.0).to(tl.float32))
+        s = tl.load(scale + k * scale_step, mask=k < batch, other=0.0).to(tl.float32)
+        top = tl.maximum(top, tl.maximum(g, h) * s)
+    return power_of_two(tl.max(top, 0))
 
 
 @triton.jit
@@ -270,71 +307,58 @@ def backward_rows(
     TO_SCALE: tl.constexpr,
     WIDTH: tl.constexpr,
     SCAN: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """G_ij = f_i (p_i A_ij + q_i) N'_ij with |p|, |q| <= 1; `operand` gets f_i x_hat_i.
 
-    fp16: over the power of two next to the largest f of the batch, which a loss scale of 65536 would take out of range.
+    fp16: over a power of two near the largest f of the batch, which a loss scale of 65536 would take out of range.
     """
-    row = tl.program_id(0).to(tl.int64)
-    live = row < batch
-    label = tl.load(labels + row * label_step, mask=live, other=ignore_index)
-    y = _target(label, first_class, classes, ignore_index)
-    x_hat, inverse, constant = _unit_row(x, row, live & (label != ignore_index), D, x_row, x_col, WIDTH, NORMALIZE_X)
-    c, y_row = _closest_center(x_hat, y, w, index, D, w_row, w_col, CENTERS, INDEXED, NORMALIZE_W, WIDTH)
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live, inside = i < batch, i < padded
+    y, counts = _targets(labels, i, label_step, batch, first_class, classes, ignore_index)
+    x_hat, inverse, _ = _unit_rows(x, i, counts, D, x_row, x_col, WIDTH, NORMALIZE_X)
+    _, y_row = _closest_centers(x_hat, y, w, index, D, w_row, w_col, CENTERS, INDEXED, NORMALIZE_W, WIDTH)
+    own, rank = _order(labels, label_step, i, y, batch, first_class, classes, ignore_index, ROWS, SCAN)
+    tl.store(order + rank, i.to(tl.int32), mask=live)
+    tl.store(sorted_class + rank, own, mask=live)
+    tl.store(inverse_x + i, inverse, mask=inside)
+    tl.store(target_row + i, y_row, mask=inside)
 
-    s = tl.load(scale + row * scale_step, mask=live, other=0.0).to(tl.float32)
-    g = tl.load(g_red + row * g_red_step, mask=live, other=0.0).to(tl.float32)
-    h = tl.load(g_sum + row * g_sum_step, mask=live, other=0.0).to(tl.float32)
+    s = tl.load(scale + i * scale_step, mask=live, other=0.0).to(tl.float32)
+    g = tl.load(g_red + i * g_red_step, mask=live, other=0.0).to(tl.float32)
+    h = tl.load(g_sum + i * g_sum_step, mask=live, other=0.0).to(tl.float32)
     largest = tl.maximum(tl.abs(g), tl.abs(h))
     over = tl.where(largest > 0, largest, 1.0)
-    factor = s * largest
-    rank = y * 0
-    zero = tl.full((), 0.0, tl.float32)
-    top = zero
-    own = tl.where(y >= 0, y, NOWHERE)
-    for first in range(0, batch, SCAN):
-        k = first + tl.arange(0, SCAN)
-        here = k < batch
-        other = tl.load(labels + k.to(tl.int64) * label_step, mask=here, other=ignore_index)
-        other = _target(other, first_class, classes, ignore_index)
-        other = tl.where(other >= 0, other, NOWHERE)
-        rank += tl.sum((here & ((other < own) | ((other == own) & (k < row)))).to(tl.int32), 0)
-        if operand.dtype.element_ty == tl.float16:
-            b_g = tl.load(g_red + k.to(tl.int64) * g_red_step, mask=here, other=0.0).to(tl.float32)
-            b_h = tl.load(g_sum + k.to(tl.int64) * g_sum_step, mask=here, other=0.0).to(tl.float32)
-            b_s = tl.load(scale + k.to(tl.int64) * scale_step, mask=here, other=0.0).to(tl.float32)
-            top = tl.maximum(top, tl.max(tl.maximum(tl.abs(b_g), tl.abs(b_h)) * tl.abs(b_s), 0))
-    common = zero + 1
+    common = 1.0
     if operand.dtype.element_ty == tl.float16:
-        bits = tl.maximum(top, 7.888609052210118e-31).to(tl.int32, bitcast=True)
-        common = (bits & 0x7F800000).to(tl.float32, bitcast=True)
-    tl.store(order + rank, row.to(tl.int32), mask=live)
-    tl.store(sorted_class + rank, own, mask=live)
-    tl.store(unit, common, mask=row == 0)
-
+        common = _largest_factor(scale, g_red, g_sum, scale_step, g_red_step, g_sum_step, batch, SCAN)
+    tl.store(unit + i, tl.zeros((ROWS,), tl.float32) + common, mask=i == 0)
     d = tl.arange(0, WIDTH)
-    scaled = x_hat * (factor / common)
-    tl.store(operand + row * operand_row + d, scaled.to(operand.dtype.element_ty), mask=d < operand_row)
-    tl.store(inverse_x + row, inverse)
-    tl.store(target_row + row, y_row)
-    value = tl.load(red + row * red_step, mask=live, other=float("-inf"))
-    low = tl.load(red_low + row * low_step, mask=live, other=0.0)
-    power, rest = zero, zero
+    scaled = x_hat * (s * largest / common)[:, None]
+    at = operand + i[:, None] * operand_row + d[None, :]
+    tl.store(at, scaled.to(operand.dtype.element_ty), mask=inside[:, None] & (d < operand_row)[None, :])
+
+    power = tl.zeros((ROWS,), tl.float32)
+    rest = power
     if not SOFTPLUS:  # a row without rivals: 2^(e - power) must be 0
-        power = tl.where(value == float("-inf"), 1e30, tl.floor(value * LOG2E + 0.5))
-        rest = (value - power * 0.693359375) + (power * 2.121944400546905e-4 + low)
-        rest = tl.where(value == float("-inf"), 0.0, rest * LOG2E)
-    tl.store(coefficients + row, power)
-    tl.store(coefficients + padded + row, rest)
-    tl.store(coefficients + 2 * padded + row, g / over)
-    tl.store(coefficients + 3 * padded + row, h / over)
-    tl.store(coefficients + 4 * padded + row, factor)
-    tl.store(coefficients + 5 * padded + row, largest)
-    tl.store(coefficients + 6 * padded + row, s * g)
+        value = tl.load(red + i * red_step, mask=live, other=float("-inf"))
+        none = value == float("-inf")
+        value = tl.where(none, 0.0, value)
+        power = tl.floor(value * LOG2E + 0.5)
+        low = tl.load(red_low + i * low_step, mask=live, other=0.0)
+        rest = ((value - power * 0.693359375) + (power * 2.121944400546905e-4 + low)) * LOG2E
+        power = tl.where(none, 1e30, power)
+    tl.store(coefficients + i, power, mask=inside)
+    tl.store(coefficients + padded + i, rest, mask=inside)
+    tl.store(coefficients + 2 * padded + i, g / over, mask=inside)
+    tl.store(coefficients + 3 * padded + i, h / over, mask=inside)
+    tl.store(coefficients + 4 * padded + i, s * largest, mask=inside)
+    tl.store(coefficients + 5 * padded + i, largest, mask=inside)
+    tl.store(coefficients + 6 * padded + i, s * g, mask=inside)
     if TO_SCALE:
-        d_s = g * tl.load(aux + 3 * batch + row, mask=live, other=0.0)
-        d_s += h * tl.load(aux + 4 * batch + row, mask=live, other=0.0)
-        tl.store(d_scale + row, d_s.to(d_scale.dtype.element_ty), mask=live)
+        d_s = g * tl.load(aux + 3 * batch + i, mask=live, other=0.0)
+        d_s += h * tl.load(aux + 4 * batch + i, mask=live, other=0.0)
+        tl.store(d_scale + i, d_s.to(d_scale.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -348,6 +372,7 @@ def finish_x(
     g_cos_y,
     target_row,
     d_x,
+    batch,
     D,
     x_row,
     x_col,
@@ -356,32 +381,30 @@ def finish_x(
     label_step,
     g_step,
     ignore_index,
-    FLASH: tl.constexpr,
     HALF: tl.constexpr,
     INDEXED: tl.constexpr,
     NORMALIZE_X: tl.constexpr,
     NORMALIZE_W: tl.constexpr,
     WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
     """`o` [B, D]: in the flash form o_red, else sum_j G_ij w_hat_j without f_i; `factors` [B] is f, with its sign."""
-    row = tl.program_id(0).to(tl.int64)
-    ignored = tl.load(labels + row * label_step) == ignore_index
-    x_hat, inverse, constant = _unit_row(x, row, ~ignored, D, x_row, x_col, WIDTH, NORMALIZE_X)
-    d = tl.arange(0, WIDTH)
-    h = tl.load(o + row * D + d, mask=d < D, other=0.0) * tl.load(factors + row)
+    i = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    live = i < batch
+    counts = live & (tl.load(labels + i * label_step, mask=live, other=ignore_index) != ignore_index)
+    x_hat, inverse, slope = _unit_rows(x, i, counts, D, x_row, x_col, WIDTH, NORMALIZE_X)
+    factor = tl.load(factors + i, mask=live, other=0.0)
     if HALF:
-        h *= 1 / HALF_UNIT
-    y_row = tl.load(target_row + row)
-    source = tl.maximum(y_row, 0).to(tl.int64)
-    if INDEXED:
-        source = tl.load(index + source, mask=y_row >= 0, other=0)
-    b_w = tl.load(w + source * w_row + d.to(tl.int64) * w_col, mask=d < tl.where(y_row >= 0, D, 0), other=0.0).to(
-        tl.float32
-    )
+        factor *= 1 / HALF_UNIT
+    h = _rows(o, i, live, D, D, 1, WIDTH) * factor[:, None]
+    y_row = tl.load(target_row + i, mask=live, other=-1)
+    b_w = _rows(w, _source(y_row, index, INDEXED), y_row >= 0, D, w_row, w_col, WIDTH)
+    g = tl.load(g_cos_y + i * g_step, mask=live, other=0.0).to(tl.float32)
     if NORMALIZE_W:
-        b_w *= inverse_norm(tl.sum(b_w * b_w, 0))
-    h += tl.load(g_cos_y + row * g_step).to(tl.float32) * b_w
-    along = tl.where(constant, 0.0, tl.sum(h * x_hat, 0))
-    h = (h - along * x_hat) * inverse
-    h = tl.where(ignored, 0.0, h)
-    tl.store(d_x + row * D + d, h.to(d_x.dtype.element_ty), mask=d < D)
+        g *= inverse_norm(tl.sum(b_w * b_w, 1))
+    h += g[:, None] * b_w
+    along = tl.where(slope, tl.sum(h * x_hat, 1), 0.0)  # a norm that is clamped is a constant
+    h = (h - along[:, None] * x_hat) * inverse[:, None]
+    h = tl.where(counts[:, None], h, 0.0)
+    d = tl.arange(0, WIDTH)
+    tl.store(d_x + i[:, None] * D + d[None, :], h.to(d_x.dtype.element_ty), mask=live[:, None] & (d < D)[None, :])

@@ -37,7 +37,7 @@ def inverse_norm(square):
 
 
 @triton.jit
-def _power_of_two(top):
+def power_of_two(top):
     """The power of two below `top`, and at least 2^-100."""
     bits = tl.maximum(top, 7.888609052210118e-31).to(tl.int32, bitcast=True)
     return (bits & 0x7F800000).to(tl.float32, bitcast=True)
@@ -77,7 +77,7 @@ def cosines(
     acc = tl.zeros((ROWS, SLOTS), tl.float32)
     square = tl.zeros((SLOTS,), tl.float32)
     top = tl.zeros((SLOTS,), tl.float32)
-    unit = _power_of_two(top)
+    unit = power_of_two(top)
     x_at = x + i.to(tl.int64)[:, None] * x_row
     for first in range(0, D, DEPTH):
         d = first + tl.arange(0, DEPTH)
@@ -88,7 +88,7 @@ def cosines(
             square += tl.sum(wide * wide, 0)
         if RANGE:
             top = tl.maximum(top, tl.max(tl.abs(b_w.to(tl.float32)), 0))
-            larger = _power_of_two(top)
+            larger = power_of_two(top)
             acc *= (unit / larger)[None, :]
             unit = larger
             b_w = b_w.to(tl.float32) * (1 / unit)[None, :]
