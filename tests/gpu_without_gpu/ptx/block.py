@@ -41,6 +41,7 @@ class Block(Arithmetic, Movement, Warp, Wgmma, Memory):
         self.reg = {name: np.zeros(T, dtype) for name, dtype in kernel.registers.items()}
         self.constants = {}
         self.pc, self.alive, self.count = np.zeros(T, i64), np.ones(T, bool), 0
+        self.flops = 0
         self.copies, self.copy_groups = [], []  # cp.async issued, and committed
         self.shared = Buffer(0, np.full(kernel.static_bytes + shared_bytes, 0xFF, u8))
         self.check_races, self.epoch = check_races, 1  # an epoch lies between two barriers

@@ -62,7 +62,7 @@ class Warp:
 
     def mma(self, op, a, m):
         """m16n8kK with fp32 sums; lane 4 g + t holds row g, columns 2 t and 2 t + 1 (tf32: t) of each 8-row fragment"""
-        self.full_warps(m)
+        warps = self.full_warps(m)
         shape = next(q for q in op if re.fullmatch(r"m\d+n\d+k\d+", q))
         ty, K = op[-3], int(shape.split("k")[1])
         if op[-4:] != ["f32", ty, ty, "f32"] or ty not in ("bf16", "f16", "tf32") or shape[:6] != "m16n8k":
@@ -88,6 +88,7 @@ class Warp:
         for i, o in enumerate(C):
             acc[part[i]] = self.read(o, "f32").reshape(self.W, 8, 4)
         acc += left @ right
+        self.flops += len(warps) * 2 * 16 * 8 * K
         for i, o in enumerate(D):
             self.write(o, np.ascontiguousarray(acc[part[i]]).reshape(-1), m)
 

@@ -147,6 +147,7 @@ class Wgmma:
                 left = self._operand(group, a[1], ROWS, depth, size, ty, transposed[0], reads)
             right = self._operand(group, a[2], columns, depth, size, ty, transposed[-1], reads)
             product = signs * (left @ right.T)  # [64, N]
+            self.flops += 2 * ROWS * columns * depth
             # thread 32 w + 4 g + t: rows 16 w + g and + 8, columns 8 j + 2 t and + 1
             product = product.reshape(4, 2, 8, columns // 8, 4, 2).transpose(0, 2, 4, 3, 1, 5).reshape(128, -1)
             acc[lanes] += product
@@ -162,7 +163,7 @@ class Wgmma:
             raise PTXError("an operand of a wgmma is still in flight")
 
     def _fragment(self, sources, lanes, depth, ty):
-        """A from registers: in register i, thread 32 w + 4 g + t has row 16 w + g + 8 (i % 2), in column group i // 2."""
+        """A from registers: in register i, thread 32 w + 4 g + t has row 16 w + g + 8 (i % 2), column group i // 2."""
         raw = np.stack([self.reg[s][lanes].view(u32) for s in sources], 1)  # [128, 4]
         values = _values(np.ascontiguousarray(raw).reshape(-1), ty).reshape(
             4, 8, 4, 2, 2, -1
