@@ -92,9 +92,12 @@ def _on(x: Tensor):
 
 
 def _run(kernel, programs: int, *args, **meta) -> None:
-    """One launch; the grid is one axis, as the others end at 65,535."""
+    """One launch; the grid is one axis, as the others end at 65,535.
+
+    No contraction to fma: across a warp's shuffles each lane contracts its own product, and copies of one sum differ.
+    """
     if programs:
-        kernel[(programs,)](*args, **meta)
+        kernel[(programs,)](*args, enable_fp_fusion=False, **meta)
 
 
 def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:

@@ -8,6 +8,10 @@ from .formats import PTXError, bf16_to_f32, f16, f32, i64, truncate_tf32, u16, u
 from .parse import vector
 
 LANES = np.arange(32)
+REDUCE = {
+    "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}  # fmt: skip
 
 
 class Warp:
@@ -37,6 +41,12 @@ class Warp:
         mode = next(q for q in op if q in ("ballot", "any", "all"))
         r = {"ballot": lambda: self._mask(p), "any": lambda: p.any(1), "all": lambda: (p | ~active).all(1)}[mode]()
         self.write(a[0], np.repeat(r, 32), m)
+
+    def redux(self, op, a, m):
+        """redux.sync: one integer operation over a whole warp"""
+        self.full_warps(m)
+        x = self.warps(self.read(a[1], op[-1]))
+        self.write(a[0], np.repeat(REDUCE[op[2]].reduce(x, 1, dtype=x.dtype), 32), m)
 
     @staticmethod
     def _mask(p):
