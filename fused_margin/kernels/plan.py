@@ -149,9 +149,12 @@ def on(x: Tensor) -> contextlib.AbstractContextManager:
 
 
 def run(kernel, programs: int, *args, **constants) -> None:
-    """One launch; the grid is one axis, as the others end at 65,535."""
+    """One launch; the grid is one axis, as the others end at 65,535.
+
+    No contraction to fma: across a warp's shuffles each lane contracts its own product, and copies of one sum differ.
+    """
     if programs:
-        kernel[(programs,)](*args, **constants)
+        kernel[(programs,)](*args, enable_fp_fusion=False, **constants)
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:

@@ -2,38 +2,32 @@
 
     triton.runtime.driver.set_active(FakeDriver(90))              # or 80, 100, 120, ...; "gfx942": kernel.warmup only
     resources(kernel[grid](*cpu_tensors, BLOCK=64, num_warps=8))  # registers, spills, shared bytes, tensor-core opcodes
-FakeDriver(80, execute=ptxemu.launch) also runs the compiled PTX on the CPU tensors (../ptx).
+FakeDriver(80, execute=ptx.launch) also runs the compiled PTX on the CPU tensors (ptx/).
+    with recorded(90) as launches: step(meta_tensors)           # what is launched, with every argument; no compilation
 """
 
+import contextlib
+import inspect
 import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
 # cudaDevAttrMaxSharedMemoryPerBlockOptin, and the LDS of one workgroup
+# fmt: off
 SHARED_LIMIT = {
-    75: 65536,
-    80: 166912,
-    86: 101376,
-    87: 166912,
-    89: 101376,
-    90: 232448,
-    100: 232448,
-    103: 232448,
-    110: 232448,
-    120: 101376,
-    121: 101376,
-    "gfx90a": 65536,
-    "gfx942": 65536,
-    "gfx950": 163840,
-    "gfx1100": 65536,
+    75: 65536, 80: 166912, 86: 101376, 87: 166912, 89: 101376, 90: 232448, 100: 232448, 103: 232448, 110: 232448,
+    120: 101376, 121: 101376, "gfx90a": 65536, "gfx942": 65536, "gfx950": 163840, "gfx1100": 65536,
 }
+# fmt: on
 
 
 def _tool(command, content, suffix):
@@ -59,12 +53,13 @@ def cubin_usage(cubin):
 
 
 def resources(compiled):
-    """What a compiled kernel needs: arch, regs, spill (bytes stored + loaded), shared, and opcode counts."""
+    """What a compiled kernel needs: arch, regs, spill (bytes stored + loaded), shared, opcode counts, 128-bit loads."""
     arch, asm = compiled.metadata.target.arch, compiled.asm
     if "amdgcn" in asm:
         text = asm["amdgcn"]
         regs, spill = _find(r"\.vgpr_count:\s+(\d+)", text), _find(r"\.vgpr_spill_count:\s+(\d+)", text)
         tensor_ops = {"MFMA": len(re.findall(r"v_mfma_|v_wmma_", text))}
+        wide = len(re.findall(r"\b(?:global|buffer|flat)_load_(?:dwordx4|b128)\b", text))
     else:
         ptxas = knobs.nvidia.ptxas if arch < 90 else knobs.nvidia.ptxas_blackwell
         name = f"sm_{arch}{'a' if arch >= 90 else ''}"
@@ -73,12 +68,14 @@ def resources(compiled):
         spill = _find(r"(\d+) bytes spill stores", text) + _find(r"(\d+) bytes spill loads", text)
         sass = _tool([knobs.nvidia.nvdisasm.path, "-c"], asm["cubin"], ".cubin")
         tensor_ops = {op: len(re.findall(rf"\b{op}\b", sass)) for op in ("HMMA", "HGMMA", "UTCHMMA")}
+        wide = len(re.findall(r"\b(?:LDG|LDGSTS)\.[\w.]*\b128\b", sass))
     return {
         "arch": arch,
         "regs": regs,
         "spill": spill,
         "shared": compiled.metadata.shared,
         "tensor_ops": {op: n for op, n in tensor_ops.items() if n},
+        "wide_loads": wide,
     }
 
 
@@ -111,7 +108,7 @@ class _Utils:
 class FakeDriver:
     """arch: 80, 90, ... or "gfx942", ...; execute(ptx, grid, threads, args, smem=bytes) runs a launch if given.
 
-    launches: [(kernel name, grid)] in order.
+    launches: [(kernel name, grid)] in order. `recorded` has the arguments too, and compiles nothing.
     """
 
     def __init__(self, arch=90, execute=None):
@@ -163,3 +160,40 @@ class FakeDriver:
                 self.execute(Path(ptx).read_text(), grid, metadata.num_warps * 32, runtime, smem=metadata.shared)
 
         return launch
+
+
+class Launch(NamedTuple):
+    """A launch that did not happen: the kernel, its grid, its arguments by name, and num_warps, num_stages."""
+
+    kernel: object
+    grid: tuple
+    args: dict
+    options: dict
+
+    @property
+    def name(self):
+        return self.kernel.fn.__name__
+
+    def compile(self):
+        return self.kernel.warmup(**self.args, grid=self.grid, **self.options)
+
+
+@contextlib.contextmanager
+def recorded(arch):
+    """The list of launches within the block, as the launch code makes them for this architecture."""
+    launches = []
+
+    def run(self, *args, grid, warmup, **kwargs):
+        names = inspect.signature(self.fn).parameters
+        options = {name: value for name, value in kwargs.items() if name not in names}
+        named = {name: value for name, value in kwargs.items() if name in names}
+        bound = inspect.signature(self.fn).bind(*args, **named)
+        launches.append(Launch(self, grid(bound.arguments) if callable(grid) else grid, dict(bound.arguments), options))
+
+    original = triton.runtime.jit.JITFunction.run
+    triton.runtime.driver.set_active(FakeDriver(arch))
+    triton.runtime.jit.JITFunction.run = run
+    try:
+        yield launches
+    finally:
+        triton.runtime.jit.JITFunction.run = original

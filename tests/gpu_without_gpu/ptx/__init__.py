@@ -5,6 +5,8 @@ mma.sync (sm_75 to sm_89, sm_120) and wgmma (sm_90); anything else is refused by
 tensors passed in; shared memory starts as NaN; cp.async lands at its wait_group, wgmma too.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 
 from .block import Block
@@ -12,14 +14,23 @@ from .formats import TYPES, PTXError
 from .memory import Buffer, buffer_of
 from .parse import Kernel
 
-__all__ = ["Kernel", "PTXError", "launch"]
+__all__ = ["Counts", "Kernel", "PTXError", "launch"]
+
+
+class Counts(NamedTuple):
+    """What a launch did."""
+
+    instructions: int  # counted per block
+    flops: int  # of tensor-core instructions
+    read: int  # different bytes of global memory
+    written: int
 
 
 def launch(ptx, grid, threads, args, smem=0, name=None, **options):
     """Run a kernel on torch CPU tensors (written in place) and Python scalars, given in PTX parameter order.
 
     ptx: text or Kernel; grid, threads: int or tuple; smem: dynamic shared bytes. Missing trailing pointers are null.
-    Returns the number of instructions, counted per block. Raises PTXError.
+    Raises PTXError.
     """
     kernel = ptx if isinstance(ptx, Kernel) else Kernel(ptx, name)
     grid, threads = (((n,) if isinstance(n, int) else tuple(n)) + (1, 1) for n in (grid, threads))
@@ -29,10 +40,12 @@ def launch(ptx, grid, threads, args, smem=0, name=None, **options):
             if v.numel():
                 buffers.append(Buffer(*buffer_of(v)))
             v = v.data_ptr()
-        params[param] = np.dtype(TYPES[ty]).type(v)
-    count = 0
+        dtype = np.dtype(TYPES[ty])
+        params[param] = dtype.type(v if dtype.kind == "f" else int(v) & (1 << 8 * dtype.itemsize) - 1)
+    instructions = flops = 0
     for z, y, x in np.ndindex(grid[2], grid[1], grid[0]):
         block = Block(kernel, threads[:3], smem, buffers, params, (x, y, z), grid, **options)
         block.run()
-        count += block.count
-    return count
+        instructions, flops = instructions + block.count, flops + block.flops
+    read, written = (sum(int(b.touched(writing).sum()) for b in buffers) for writing in (False, True))
+    return Counts(instructions, flops, read, written)

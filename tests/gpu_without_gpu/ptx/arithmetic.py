@@ -98,13 +98,16 @@ class Arithmetic:
         self.write(a[0], r, m)
 
     def bits(self, op, a, m):
-        """bfe.u32, bfi.b32, prmt.b32, lop3.b32"""
+        """bfe.u32, bfe.s32, bfi.b32, prmt.b32, lop3.b32"""
         o = op[0]
-        if op[1:] not in ([["u32"]] if o == "bfe" else [["b32"]]):
+        if op[1:] not in ([["u32"], ["s32"]] if o == "bfe" else [["b32"]]):
             raise PTXError("unsupported PTX")
         x, y, z = (self.read(q, "u32") for q in a[1:4])
         if o == "bfe":
-            r = (x >> y) & ((u64(1) << z.astype(u64)) - u64(1)).astype(u32)
+            mask = ((u64(1) << z.astype(u64)) - u64(1)).astype(u32)
+            r = (x >> y) & mask
+            if op[1] == "s32":  # the field's highest bit fills what is above it
+                r |= np.where(r & (mask ^ mask >> u32(1)), ~mask, u32(0))
         elif o == "bfi":
             mask = (((u64(1) << self.read(a[4], "u64")) - u64(1)) << z.astype(u64)).astype(u32)
             r = (y & ~mask) | ((x << z) & mask)

@@ -41,6 +41,7 @@ class Block(Arithmetic, Movement, Warp, Wgmma, Memory):
         self.reg = {name: np.zeros(T, dtype) for name, dtype in kernel.registers.items()}
         self.constants = {}
         self.pc, self.alive, self.count = np.zeros(T, i64), np.ones(T, bool), 0
+        self.flops = 0
         self.copies, self.copy_groups = [], []  # cp.async issued, and committed
         self.shared = Buffer(0, np.full(kernel.static_bytes + shared_bytes, 0xFF, u8))
         self.check_races, self.epoch = check_races, 1  # an epoch lies between two barriers
@@ -94,6 +95,8 @@ class Block(Arithmetic, Movement, Warp, Wgmma, Memory):
         dtype = np.dtype(TYPES[ty])
         if o in self.reg:
             a = self.reg[o]
+            if o in self.asynchronous.in_flight:
+                raise PTXError(f"{o} is read while a wgmma may still have it")
             if a.dtype == dtype:
                 return a
             if a.dtype.itemsize == dtype.itemsize:
@@ -117,6 +120,9 @@ class Block(Arithmetic, Movement, Warp, Wgmma, Memory):
         if o == "_":
             return
         a = self.reg[o]
+        if o in self.asynchronous.in_flight:
+            raise PTXError(f"{o} is written while a wgmma may still have it")
+        self.asynchronous.unordered.add(o)
         if v.dtype != a.dtype:
             v = v.view(a.dtype) if v.dtype.itemsize == a.dtype.itemsize and v.dtype != bool else v.astype(a.dtype)
         np.copyto(a, v, where=m)
@@ -162,6 +168,7 @@ FAMILIES = {
     "vote": "vote",
     "activemask": "activemask",
     "ldmatrix": "ldmatrix",
+    "redux": "redux",
     "mma": "mma",
     "wgmma": "wgmma",
     "fence": "fence",

@@ -48,6 +48,11 @@ class Buffer:
         self.address, self.memory = address, memory
         self.between_blocks = Tracker(len(memory), "race between blocks through global memory")
 
+    def touched(self, writing):
+        """Which bytes were accessed."""
+        tracker = self.between_blocks
+        return (tracker.write_epoch if writing else tracker.read_epoch) > 0
+
     def __len__(self):
         return len(self.memory)
 

@@ -8,6 +8,10 @@ from .formats import PTXError, bf16_to_f32, f16, f32, i64, truncate_tf32, u16, u
 from .parse import vector
 
 LANES = np.arange(32)
+REDUCE = {
+    "add": np.add, "min": np.minimum, "max": np.maximum, "and": np.bitwise_and, "or": np.bitwise_or,
+    "xor": np.bitwise_xor,
+}  # fmt: skip
 
 
 class Warp:
@@ -38,6 +42,12 @@ class Warp:
         r = {"ballot": lambda: self._mask(p), "any": lambda: p.any(1), "all": lambda: (p | ~active).all(1)}[mode]()
         self.write(a[0], np.repeat(r, 32), m)
 
+    def redux(self, op, a, m):
+        """redux.sync: one integer operation over a whole warp"""
+        self.full_warps(m)
+        x = self.warps(self.read(a[1], op[-1]))
+        self.write(a[0], np.repeat(REDUCE[op[2]].reduce(x, 1, dtype=x.dtype), 32), m)
+
     @staticmethod
     def _mask(p):
         return (p * (u64(1) << LANES.astype(u64))).sum(1).astype(u32)
@@ -62,7 +72,7 @@ class Warp:
 
     def mma(self, op, a, m):
         """m16n8kK with fp32 sums; lane 4 g + t holds row g, columns 2 t and 2 t + 1 (tf32: t) of each 8-row fragment"""
-        self.full_warps(m)
+        warps = self.full_warps(m)
         shape = next(q for q in op if re.fullmatch(r"m\d+n\d+k\d+", q))
         ty, K = op[-3], int(shape.split("k")[1])
         if op[-4:] != ["f32", ty, ty, "f32"] or ty not in ("bf16", "f16", "tf32") or shape[:6] != "m16n8k":
@@ -88,6 +98,7 @@ class Warp:
         for i, o in enumerate(C):
             acc[part[i]] = self.read(o, "f32").reshape(self.W, 8, 4)
         acc += left @ right
+        self.flops += len(warps) * 2 * 16 * 8 * K
         for i, o in enumerate(D):
             self.write(o, np.ascontiguousarray(acc[part[i]]).reshape(-1), m)
 
