@@ -94,6 +94,13 @@ class Plan(NamedTuple):
     def half(self) -> bool:
         return self.operand == torch.float16
 
+    @property
+    def forward_tile(self) -> Tile:
+        """Half as wide where the sweep carries further sums of each row, which need registers."""
+        tile = self.cut.flash if self.flash else self.cut.sweep
+        more = self.spec.want & (Want.SUM | Want.STATS | Want.DSCALE)
+        return tile._replace(slots=max(tile.slots // 2, self.group, 16)) if more else tile
+
     def padded(self, tile: Tile) -> int:
         return max(ceil_div(self.batch, tile.rows), 1) * tile.rows
 

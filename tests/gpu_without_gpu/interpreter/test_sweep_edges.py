@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fused_margin as fm
 from fused_margin import ops
 from fused_margin.functional import margin_cross_entropy
-from fused_margin.kernels import configs, gradients, launch
+from fused_margin.kernels import configs, gradients, launch, tune
 from fused_margin.kernels.configs import use
 from fused_margin.spec import Aux, Spec, Want
 
@@ -271,3 +271,19 @@ def test_launches_and_no_waiting(form, chunk_launches, monkeypatch):
 def test_a_waiting_operator_is_seen():
     with Waiting(), pytest.raises(AssertionError, match="waits for the device"):
         torch.ones(3).nonzero()
+
+
+def test_tuning_times_each_candidate_once(monkeypatch):
+    """FUSED_MARGIN_TRITON_TUNE=1 changes tiles, and numbers by rounding only."""
+    timed = []
+    monkeypatch.setattr(tune, "CANDIDATES", (device(slots=16).half.sweep, device(slots=64).half.sweep))
+    monkeypatch.setattr(tune, "_best", {})
+    monkeypatch.setattr(tune, "_time", lambda go, p: timed.append(p.cut) or -len(timed))
+    expected = loss_and_gradients(*ring())
+    assert not timed
+    monkeypatch.setenv("FUSED_MARGIN_TRITON_TUNE", "1")
+    for _ in range(2):
+        for a, b in zip(loss_and_gradients(*ring()), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert [cut.sweep.slots for cut in timed[:3]] == [32, 16, 64]
+    assert [cut.gradient.slots for cut in timed[3:]] == [32, 16, 64]

@@ -7,7 +7,6 @@ import torch
 import triton
 import triton.language as tl
 
-import fused_margin as fm
 from fused_margin.functional import margin_cross_entropy
 from fused_margin.kernels import forward, margins, rival
 from fused_margin.kernels.configs import use
