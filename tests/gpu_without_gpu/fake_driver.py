@@ -190,10 +190,11 @@ def recorded(arch):
         bound = inspect.signature(self.fn).bind(*args, **named)
         launches.append(Launch(self, grid(bound.arguments) if callable(grid) else grid, dict(bound.arguments), options))
 
-    original = triton.runtime.jit.JITFunction.run
+    original, driver = triton.runtime.jit.JITFunction.run, triton.runtime.driver._active
     triton.runtime.driver.set_active(FakeDriver(arch))
     triton.runtime.jit.JITFunction.run = run
     try:
         yield launches
     finally:
         triton.runtime.jit.JITFunction.run = original
+        triton.runtime.driver._active = driver
