@@ -146,7 +146,7 @@ def of_launch(launch) -> Cost:
 
 
 def of_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> Cost:
-    """out (+)= a b as `launch._multiply` is asked to."""
+    """out (+)= a b as the backward asks `multiply` to."""
     flops = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
     read = _size(a) + _size(b) + (_size(out) if add else 0)
     return Cost(GEMM, read, _size(out), flops, a.element_size() == 2)
@@ -154,18 +154,18 @@ def of_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -
 
 def of_fused_step(arch: int | str, *shape: int, **options) -> list[Cost]:
     """Each launch of a step of the Triton backend, in order; arguments as `steps.shaped_step`."""
-    from fused_margin.kernels import launch as launcher
+    from fused_margin.kernels import gradients
     from tests.gpu_without_gpu.fake_driver import recorded
     from tests.gpu_without_gpu.steps import shaped_step
 
     products: list[tuple[int, Cost]] = []
-    multiply = launcher._multiply
+    multiply = gradients.multiply
     with recorded(arch) as launches:
-        launcher._multiply = lambda a, b, out, add: products.append((len(launches), of_product(a, b, out, add)))
+        gradients.multiply = lambda a, b, out, add: products.append((len(launches), of_product(a, b, out, add)))
         try:
             shaped_step(*shape, **options)
         finally:
-            launcher._multiply = multiply
+            gradients.multiply = multiply
     costs = [of_launch(launch) for launch in launches]
     for place, cost in reversed(products):
         costs.insert(place, cost)

@@ -142,7 +142,7 @@ def _(x, w, labels, scale, rule_args, *rest):
     batch, of_row = x.shape[0], loss_reduction == "none"
     rows = x.new_empty(len(Rows._fields), batch, dtype=acc_dtype(x))
     loss, aux = rows.new_empty((batch,) if of_row else ()), rows.new_empty(len(Aux._fields), batch)
-    return loss, rows, aux, rows.new_empty(x.shape if spec.want & Want.DX else (0,))
+    return loss, rows, aux, rows.new_empty(x.shape if BACKENDS[spec.backend].saves_o(x, spec) else (0,))
 
 
 @torch.library.register_fake("fused_margin::sweep_backward")

@@ -73,7 +73,14 @@ def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple
     return launch.sweep(x, w, labels, scale, tau, bias, index, rule_args, spec)
 
 
-def sweep_backward(*args) -> tuple[Tensor, ...]:
+def sweep_loss(x, w, labels, scale, rule_args, spec: Spec, forms, loss_reduction) -> tuple[Tensor, ...]:
     from ..kernels import launch
 
-    return launch.sweep_backward(*args)
+    check_labels(labels, spec)
+    return launch.sweep_loss(x, w, labels, scale, rule_args, spec, forms, loss_reduction)
+
+
+def sweep_backward(*args) -> tuple[Tensor, ...]:
+    from ..kernels import gradients
+
+    return gradients.sweep_backward(*args)

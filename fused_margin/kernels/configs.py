@@ -42,21 +42,23 @@ class Device(NamedTuple):
 
 
 _MIB = 2**20
+
+
+def _cut(tile: Tile, depth: int, flash: Tile, flash_width: int) -> Cut:
+    return Cut(tile, tile, flash, depth, flash_width)
+
+
+_FLASH, _NONE = Tile(64, 64, 8, 2), Tile(32, 32, 8, 2)
+_HALF = _cut(Tile(128, 128, 8, 3), 32, _FLASH, 256)
+_FULL = _cut(Tile(128, 64, 8, 2), 32, _NONE, 0)
 DEVICES: dict[str, Device] = {
-    "cuda80": Device(
-        half=Cut(Tile(128, 128, 8, 3), Tile(128, 128, 8, 3), Tile(64, 64, 8, 2), 32, 128),
-        full=Cut(Tile(64, 64, 8, 2), Tile(64, 64, 8, 2), Tile(32, 32, 8, 2), 32, 0),
-        precision="ieee",
-        programs=108,
-        chunk_bytes=12 * _MIB,
-    ),
+    "cuda80": Device(_HALF, _FULL, "tf32x3", programs=108, chunk_bytes=12 * _MIB),
+    "cuda90": Device(_cut(Tile(128, 128, 8, 3), 64, _FLASH, 256), _FULL, "tf32x3", 132, 16 * _MIB),
+    "cuda100": Device(_cut(Tile(128, 128, 8, 3), 64, _FLASH, 256), _FULL, "tf32x3", 148, 32 * _MIB),
+    "cuda120": Device(_HALF, _FULL, "tf32x3", 170, 32 * _MIB),
+    "hip": Device(_HALF, _cut(Tile(64, 64, 8, 2), 32, _NONE, 0), "ieee", 304, 32 * _MIB),
+    "interpreter": Device(*2 * (_cut(Tile(32, 64, 4, 1), 64, Tile(32, 64, 4, 1), 128),), "ieee", 4, _MIB),
 }
-DEVICES["cuda90"] = DEVICES["cuda80"]._replace(programs=132, chunk_bytes=16 * _MIB)
-DEVICES["cuda100"] = DEVICES["cuda80"]._replace(programs=148, chunk_bytes=32 * _MIB)
-DEVICES["cuda120"] = DEVICES["cuda80"]._replace(programs=170, chunk_bytes=32 * _MIB)
-DEVICES["hip"] = DEVICES["cuda80"]._replace(programs=304, chunk_bytes=32 * _MIB)
-_TINY = Cut(Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), Tile(32, 64, 4, 1), 64, 128)
-DEVICES["interpreter"] = Device(_TINY, _TINY, "ieee", programs=4, chunk_bytes=_MIB)
 
 _override: list[Device] = []
 

@@ -17,7 +17,7 @@ STATES = tl.constexpr(9)  # of a row in a split: K, sum, its compensation, best,
 
 
 @triton.jit
-def _add(total, low, value):
+def two_sum(total, low, value):
     """total + low += value, where `low` collects what rounding takes from `total`."""
     new = total + value
     part = new - total
@@ -105,7 +105,7 @@ def sweep_kernel(
         if SOFTPLUS:
             value, weight = softplus(scale[:, None] * v + j_bias[None, :])
             weight = tl.where(keep, weight, 0.0)
-            total, low = _add(total, low, tl.sum(tl.where(keep, value, 0.0), 1))
+            total, low = two_sum(total, low, tl.sum(tl.where(keep, value, 0.0), 1))
         else:
             j_shift = (j_bias * 1.4426950408889634)[None, :]
             e = v * scale_hi[:, None] + j_shift
@@ -114,7 +114,7 @@ def sweep_kernel(
             power = raised
             e = exponent(v, scale_hi[:, None], scale_lo[:, None], j_shift, power[:, None])
             weight = tl.exp2(tl.where(keep, e, float("-inf")))
-            total, low = _add(total * shrink, low * shrink, tl.sum(weight, 1))
+            total, low = two_sum(total * shrink, low * shrink, tl.sum(weight, 1))
             mean_v *= shrink
             if FLASH:
                 acc *= shrink[:, None]

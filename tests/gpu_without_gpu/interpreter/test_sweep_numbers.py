@@ -3,18 +3,16 @@
 Tiles are of 16 and 32, so that shapes of a few dozen have several tiles and a tail in every dimension.
 """
 
-import itertools
-
 import pytest
 import torch
 
 from fused_margin import ops
 from fused_margin.kernels.configs import Cut, Device, Tile, use
-from fused_margin.rules import CODES, RULES, Rule
+from fused_margin.rules import CODES, Rule
 from fused_margin.spec import Want
 
 from ... import oracle
-from ...cases import MARGINS, MODES, check, covering, problem
+from ...cases import covering
 from ...error_rule import ErrorRule
 from ...test_primitive import ARGS, Inputs, expected_outputs, outputs
 
@@ -42,8 +40,8 @@ def form(request):
 @pytest.fixture
 def chunks(monkeypatch):
     """Chunks of one tile, and few rows at a time where rows are sorted by their target."""
-    monkeypatch.setattr("fused_margin.kernels.launch._CHUNK_CLASSES", (32, 32))
-    monkeypatch.setattr("fused_margin.kernels.launch._SCAN", 16)
+    monkeypatch.setattr("fused_margin.kernels.gradients._CHUNK_CLASSES", (32, 32))
+    monkeypatch.setattr("fused_margin.kernels.gradients._SCAN", 16)
 
 
 def clear_of(values: torch.Tensor, low: float, high: float) -> torch.Tensor:
