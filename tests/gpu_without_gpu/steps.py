@@ -11,11 +11,8 @@ import triton
 
 from fused_margin.backends import triton as backend
 from fused_margin.kernels import configs, gradients, launch
-<<<<<<< HEAD
 from fused_margin.margins import ArcFace
 from fused_margin.margins.forms import forms_of
-=======
->>>>>>> triton
 from fused_margin.rules import RULES
 from fused_margin.spec import Need, Spec, Want
 
@@ -74,9 +71,5 @@ def shaped_step(
     else:
         _, _, _, aux, o_red, _ = launch.sweep(*inputs, spec)
     if need:
-<<<<<<< HEAD
         vector = new(batch)
         gradients.sweep_backward(vector, vector, vector, *inputs, vector, aux, o_red, new(0), spec, int(need))
-=======
-        gradients.sweep_backward(red, cos_y, sum_u, *inputs, red, aux, o_red, o_sum, spec, int(need))
->>>>>>> triton
