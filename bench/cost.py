@@ -146,11 +146,7 @@ def of_launch(launch) -> Cost:
 
 
 def of_product(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, add: bool) -> Cost:
-<<<<<<< HEAD
     """out (+)= a b as the backward asks `multiply` to."""
-=======
-    """out (+)= a b as `plan.multiply` is asked to."""
->>>>>>> triton
     flops = 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
     read = _size(a) + _size(b) + (_size(out) if add else 0)
     return Cost(GEMM, read, _size(out), flops, a.element_size() == 2)
