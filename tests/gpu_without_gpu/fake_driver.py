@@ -169,12 +169,14 @@ class Launch(NamedTuple):
     grid: tuple
     args: dict
     options: dict
+    arch: int | str
 
     @property
     def name(self):
         return self.kernel.fn.__name__
 
     def compile(self):
+        triton.runtime.driver.set_active(FakeDriver(self.arch))
         return self.kernel.warmup(**self.args, grid=self.grid, **self.options)
 
 
@@ -188,12 +190,15 @@ def recorded(arch):
         options = {name: value for name, value in kwargs.items() if name not in names}
         named = {name: value for name, value in kwargs.items() if name in names}
         bound = inspect.signature(self.fn).bind(*args, **named)
-        launches.append(Launch(self, grid(bound.arguments) if callable(grid) else grid, dict(bound.arguments), options))
+        launches.append(
+            Launch(self, grid(bound.arguments) if callable(grid) else grid, dict(bound.arguments), options, arch)
+        )
 
-    original = triton.runtime.jit.JITFunction.run
+    original, driver = triton.runtime.jit.JITFunction.run, triton.runtime.driver._active
     triton.runtime.driver.set_active(FakeDriver(arch))
     triton.runtime.jit.JITFunction.run = run
     try:
         yield launches
     finally:
         triton.runtime.jit.JITFunction.run = original
+        triton.runtime.driver._active = driver

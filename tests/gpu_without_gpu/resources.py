@@ -61,9 +61,10 @@ def name_of(arch):
 
 
 def tile_of(launch):
-    """Rows x slots x depth, warps and stages; rows only for the kernels of single rows."""
+    """Rows x slots x depth (or the width of a row), warps and stages."""
     a, options = launch.args, launch.options
-    sizes = [a[name] for name in ("ROWS", "SLOTS", "DEPTH", "WIDTH") if name in a]
+    names = ("ROWS", "SLOTS", "DEPTH") if "DEPTH" in a else ("ROWS", "SLOTS", "WIDTH")
+    sizes = [a[name] for name in names if name in a]
     return f"{'x'.join(map(str, sizes))} w{options.get('num_warps', 4)} s{options.get('num_stages', 3)}"
 
 

@@ -11,6 +11,8 @@ import triton
 
 from fused_margin.backends import triton as backend
 from fused_margin.kernels import configs, gradients, launch
+from fused_margin.margins import ArcFace
+from fused_margin.margins.forms import forms_of
 from fused_margin.rules import RULES
 from fused_margin.spec import Need, Spec, Want
 
@@ -64,6 +66,10 @@ def shaped_step(
         want=int(want), backend="triton",
     )  # fmt: skip
     inputs = x, w, labels, scale, tau, offsets, None, new(max(len(RULES[rule].args), 1))
-    red, cos_y, sum_u, aux, o_red, o_sum = launch.sweep(*inputs, spec)
+    if tau is None and not bias and reduction == "logsumexp":
+        _, _, aux, o_red = launch.sweep_loss(*inputs[:4], inputs[-1], spec, forms_of(ArcFace()).packed(), "mean")
+    else:
+        _, _, _, aux, o_red, _ = launch.sweep(*inputs, spec)
     if need:
-        gradients.sweep_backward(red, cos_y, sum_u, *inputs, red, aux, o_red, o_sum, spec, int(need))
+        vector = new(batch)
+        gradients.sweep_backward(vector, vector, vector, *inputs, vector, aux, o_red, new(0), spec, int(need))

@@ -10,6 +10,7 @@ import torch
 from ... import cases
 from .. import mutations
 from ..ptx import PTXError, launch
+from ..resources import SWEEPING
 from ..steps import emulated, tiny
 
 SMALL = tiny()
@@ -40,19 +41,30 @@ def check(arch, device, margin, mode, shape, **options):
     return "".join(used)
 
 
-@pytest.mark.parametrize("arch", [80, 120])
+NUMBERS = [
+    (80, SMALL, "arcface_linear", "bf16", (33, 130, 50), {}),  # a tail in every dimension, rows not aligned to 16 bytes
+    (80, SMALL, "arcface_linear", "bf16_weight", (20, 96, 64), {"bias": True}),
+    (80, FLASH, "sv_arcface", "fp16", (20, 96, 48), {}),
+    (120, FLASH, "arcface_linear", "bf16", (33, 70, 64), {}),
+    (120, THREE_PRODUCTS, "normface", "fp32", (20, 130, 64), {}),
+]
+MORE = [
+    (80, SMALL, "cosface", "fp32", (33, 130, 64), {}),
+    (80, SMALL, "cosface", "fp32", (20, 65, 40), {"per": "sample"}),
+    (80, SMALL, "cosface", "bf16", (33, 130, 64), {"per": "class"}),
+]
+MORE += [(120 if arch == 80 else 80, *rest) for arch, *rest in NUMBERS + MORE]
+
+
+def name_of(case):
+    arch, device, margin, mode, shape, options = case
+    return "-".join([f"sm_{arch}", margin, mode, "x".join(map(str, shape)), *options, *["flash"] * (device is FLASH)])
+
+
 @pytest.mark.parametrize(
-    "device, margin, mode, shape, options",
-    [
-        (SMALL, "arcface_linear", "bf16", (33, 130, 50), {}),  # a tail in every dimension, rows not aligned to 16 bytes
-        (SMALL, "cosface", "fp32", (33, 130, 64), {}),
-        (THREE_PRODUCTS, "normface", "fp32", (33, 130, 64), {}),
-        (FLASH, "arcface_linear", "bf16", (33, 130, 64), {}),
-        (FLASH, "sv_arcface", "fp16", (20, 96, 48), {}),
-        (SMALL, "arcface_linear", "bf16_weight", (33, 96, 64), {"bias": True}),
-        (SMALL, "cosface", "fp32", (20, 65, 40), {"per": "sample"}),
-    ],
-    ids=lambda value: "x".join(map(str, value)) if isinstance(value, tuple) and len(value) == 3 else None,
+    "arch, device, margin, mode, shape, options",
+    [pytest.param(*case, id=name_of(case)) for case in NUMBERS]
+    + [pytest.param(*case, id=name_of(case), marks=pytest.mark.slow) for case in MORE],
 )
 def test_numbers(arch, device, margin, mode, shape, options):
     text = check(arch, device, margin, mode, shape, **options)
@@ -94,11 +106,15 @@ def test_same_bits_twice():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def outcome(arch, device, shape, mutants_of="", which=None, less_shared=0, texts=None):
-    """The step's tensors, or the emulator's complaint, with the `which`-th mutant of one kernel in its place."""
+MUTATED = [(arch, WARPGROUP if arch == 90 else SMALL, kernel) for arch in (80, 90, 120) for kernel in SWEEPING]
+MUTATED_SHAPE = 20, 130, 128
+
+
+def outcome(arch, device, mutants_of="", which=None, less_shared=0, texts=None):
+    """The step's tensors, or the emulator's complaint, with a mutant of one kernel in its place."""
 
     def execute(ptx, grid, threads, args, smem):
-        if f".entry {mutants_of}(" in ptx.replace("\n", ""):
+        if f".entry {mutants_of}(" in ptx:
             if texts is not None:
                 texts.append(ptx)
             ptx = ptx if which is None else dict(mutations.mutants(ptx))[which]
@@ -106,41 +122,39 @@ def outcome(arch, device, shape, mutants_of="", which=None, less_shared=0, texts
         launch(ptx, grid, threads, args, smem=smem)
 
     try:
-        return step(arch, device, "arcface_linear", "bf16", shape, execute)[1]
+        return step(arch, device, "arcface_linear", "bf16", MUTATED_SHAPE, execute)[1]
     except PTXError as e:
         return str(e)
 
 
-def mutate(arch, device, kernel, shape):
+def mutate(arch, device, kernel):
     """{mutant: the complaint, or "" if no bit of any output changed}; a mutant that changes numbers unseen fails."""
     texts = []
-    right = outcome(arch, device, shape, kernel, texts=texts)
+    right = outcome(arch, device, kernel, texts=texts)
     assert texts, f"{kernel} was not launched"
     found = {}
     for name, _ in mutations.mutants(texts[0]):
-        result = outcome(arch, device, shape, kernel, name)
+        result = outcome(arch, device, kernel, name)
         found[name] = result if isinstance(result, str) else ""
         if not found[name]:
             assert all(torch.equal(right[t], result[t]) for t in right), f"{kernel}, {name}: other numbers, no report"
     return found
 
 
-def slow(*values):
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("arch", [80, slow(90), slow(120)])
-@pytest.mark.parametrize("kernel", ["sweep_kernel", slow("gradient_kernel")])
-def test_mutants(arch, kernel):
-    found = mutate(arch, WARPGROUP if arch == 90 else SMALL, kernel, (20, 130, 128))
-    reported = [name for name, complaint in found.items() if complaint]
+@pytest.mark.parametrize(
+    "arch, device, kernel",
+    [pytest.param(*case, marks=[pytest.mark.slow] if number else []) for number, case in enumerate(MUTATED)],
+    ids=[f"{arch}-{kernel}" for arch, _, kernel in MUTATED],
+)
+def test_mutants(arch, device, kernel):
+    reported = [name for name, complaint in mutate(arch, device, kernel).items() if complaint]
     assert any("barrier" in name for name in reported)
     assert any("wait" in name for name in reported)
 
 
 @pytest.mark.parametrize("kernel", ["sweep_kernel", "gradient_kernel"])
 def test_less_shared_memory(kernel):
-    assert "out-of-bounds shared" in outcome(80, SMALL, (20, 130, 64), kernel, less_shared=512)
+    assert "out-of-bounds shared" in outcome(80, SMALL, kernel, less_shared=512)
 
 
 def test_a_weight_that_is_too_short():

@@ -168,6 +168,7 @@ FAMILIES = {
     "vote": "vote",
     "activemask": "activemask",
     "ldmatrix": "ldmatrix",
+    "stmatrix": "stmatrix",
     "redux": "redux",
     "mma": "mma",
     "wgmma": "wgmma",

@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from .formats import PTXError, bf16_to_f32, f16, f32, i64, truncate_tf32, u16, u32, u64
+from .formats import PTXError, bf16_to_f32, f16, f32, i64, truncate_tf32, u8, u16, u32, u64
 from .parse import vector
 
 LANES = np.arange(32)
@@ -55,13 +55,17 @@ class Warp:
     def activemask(self, op, a, m):
         self.write(a[0], np.repeat(self._mask(self.warps(m)), 32), m)
 
+    def _matrix_rows(self, i, warps, address):
+        """Where the rows of 8 x 16 bytes of matrix i lie, [8 warps, 16]: lane 8 i + r holds the address of row r."""
+        rows = address[warps, 8 * i : 8 * i + 8].reshape(-1)
+        self.aligned(rows, slice(None), 16)
+        ((buffer, who, offset),) = self.regions("shared", np.repeat(warps * 32, 8), rows, 16)
+        return buffer, who, offset[:, None] + np.arange(16)
+
     def ldmatrix(self, op, a, m):
         warps, address = self.full_warps(m), self.warps(self.address(a[1]))
         for i, target in enumerate(vector(a[0])):
-            rows = address[warps, 8 * i : 8 * i + 8].reshape(-1)  # lane 8 i + r holds the address of row r
-            self.aligned(rows, slice(None), 16)
-            ((buffer, who, offset),) = self.regions("shared", np.repeat(warps * 32, 8), rows, 16)
-            ix = offset[:, None] + np.arange(16)
+            buffer, who, ix = self._matrix_rows(i, warps, address)
             self.touch(buffer, ix, who, False)
             tile = buffer.memory[ix].reshape(-1).view(u16).reshape(-1, 8, 8)
             if "trans" in op:
@@ -69,6 +73,16 @@ class Warp:
             out = np.zeros((self.W, 32), u32)
             out[warps] = tile.view(u32).reshape(-1, 32)
             self.write(target, out.reshape(-1), m)
+
+    def stmatrix(self, op, a, m):
+        warps, address = self.full_warps(m), self.warps(self.address(a[0]))
+        for i, source in enumerate(vector(a[1])):
+            buffer, who, ix = self._matrix_rows(i, warps, address)
+            self.touch(buffer, ix, who, True)
+            tile = np.ascontiguousarray(self.warps(self.read(source, "b32"))[warps]).view(u16).reshape(-1, 8, 8)
+            if "trans" in op:
+                tile = np.ascontiguousarray(tile.transpose(0, 2, 1))
+            buffer.memory[ix] = tile.view(u8).reshape(-1, 16)
 
     def mma(self, op, a, m):
         """m16n8kK with fp32 sums; lane 4 g + t holds row g, columns 2 t and 2 t + 1 (tf32: t) of each 8-row fragment"""
