@@ -73,7 +73,7 @@ def sweep_backward(
 
 def _backward(p: Plan, given: Inputs, up: _Upstream, need: Need) -> tuple[Tensor, ...]:
     x, w, labels = given[:3]
-    padded, nothing, flash = p.padded(p.cut.gradient), given.new(0), up.o_red.dim() == 2
+    padded, nothing, flash = p.padded(p.backward_tile), given.new(0), up.o_red.dim() == 2
     d_x = x.new_empty(x.shape) if need & Need.X else nothing
     d_w = w.new_empty(p.classes * p.spec.sub_centers, p.dim) if need & Need.W else nothing
     d_scale = given.scale.new_empty(p.batch) if need & Need.SCALE else nothing
@@ -82,7 +82,7 @@ def _backward(p: Plan, given: Inputs, up: _Upstream, need: Need) -> tuple[Tensor
     o = given.new(*x.shape) if need & Need.X and not flash else None
     if o is not None and not p.classes:
         o.zero_()
-    if need & (Need.W | Need.BIAS) or o is not None:
+    if p.classes and (need & (Need.W | Need.BIAS) or o is not None):
         _sweep_chunks(p, given, r, up, _Results(d_w, d_bias, o, bool(need & Need.W), bool(need & Need.BIAS)))
     if need & Need.X:
         run(
@@ -127,7 +127,7 @@ class _Buffers(NamedTuple):
 
 def _sweep_chunks(p: Plan, given: Inputs, r: _RowGradients, up: _Upstream, to: _Results) -> None:
     """G of a chunk of classes at a time, and the products with it; o is added up over the chunks in their order."""
-    tile = p.cut.gradient
+    tile = p.backward_tile
     padded, centers, of_g = p.padded(tile), p.spec.sub_centers, to.to_w or to.o is not None
     operands = prologue(p, padded, given, cosine=False)[1]
     chunk = _chunk_classes(p, tile)

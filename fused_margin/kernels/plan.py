@@ -97,9 +97,16 @@ class Plan(NamedTuple):
     @property
     def forward_tile(self) -> Tile:
         """Half as wide where the sweep carries further sums of each row, which need registers."""
-        tile = self.cut.flash if self.flash else self.cut.sweep
         more = self.spec.want & (Want.SUM | Want.STATS | Want.DSCALE)
-        return tile._replace(slots=max(tile.slots // 2, self.group, 16)) if more else tile
+        return self._narrow(self.cut.flash if self.flash else self.cut.sweep, bool(more))
+
+    @property
+    def backward_tile(self) -> Tile:
+        return self._narrow(self.cut.gradient, False)
+
+    def _narrow(self, tile: Tile, more: bool) -> Tile:
+        heavy = more or self.spec.reduction == "softplus"
+        return tile._replace(slots=max(tile.slots // 2, self.group, 16)) if heavy else tile
 
     def padded(self, tile: Tile) -> int:
         return max(ceil_div(self.batch, tile.rows), 1) * tile.rows

@@ -175,14 +175,14 @@ def test_grid_is_one_axis_of_bounded_length(monkeypatch):
 
 @pytest.mark.parametrize("factor", [1.0, 65536.0, 1e-6])
 def test_loss_scale_in_fp16(factor):
-    """A GradScaler's factor changes no digit but the exponent's, though it alone would fill fp16's range."""
+    """A GradScaler's factor, which alone would fill fp16's range, changes gradients by a rounding of it at most."""
     found = []
     for f in (1.0, factor):
         x, w, labels = ring()
         loss = margin_cross_entropy(x, w, labels, fm.ArcFace(0.5), backend="triton", compute_dtype=torch.float16)
         found.append([g / f for g in torch.autograd.grad(f * loss, (x, w))])
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-9)
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * float(a.abs().max()))
         assert a.isfinite().all()
 
 
@@ -197,9 +197,9 @@ def test_norms(norms, side, operands):
     factors = torch.tensor(NORMS[norms], dtype=torch.float64).repeat(10)[: len(given), None]
     p.tensors[side] = (given * factors).float()
     got, plain, exact = cases.run(p, "triton"), cases.plain(p), cases.exact(p)
-    rule = ErrorRule()
-    rule.add("loss", got["loss"], plain["loss"], exact["loss"])
-    rule.add_all(_by_rows(got, exact), _by_rows(plain, exact), _by_rows(exact, exact))
+    rule, name = ErrorRule(), f"d_{side}"
+    rule.add_all(*({n: t for n, t in found.items() if n != name} for found in (got, plain, exact)))
+    rule.add_all(*(_by_rows({name: found[name]}, exact) for found in (got, plain, exact)))
     rule.check()
 
 
