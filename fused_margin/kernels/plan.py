@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
     @property
     def index_pointer(self) -> Tensor:  # any tensor stands for one that is not there and not read
-        return self.labels if self.index is None else self.index
+        return self.labels if self.index is None else self.index.contiguous()
 
     def or_any(self, t: Tensor | None) -> Tensor:
         return self.x if t is None else t

@@ -273,6 +273,15 @@ def test_a_waiting_operator_is_seen():
         torch.ones(3).nonzero()
 
 
+def test_precision_on_request(monkeypatch):
+    assert "tf32" not in {record.precision for record in configs.DEVICES.values()}
+    monkeypatch.setenv("FUSED_MARGIN_TRITON_PRECISION", "tf32")
+    assert configs.device_for(torch.zeros(1)).precision == "tf32"
+    monkeypatch.setenv("FUSED_MARGIN_TRITON_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="expected one of"):
+        configs.device_for(torch.zeros(1))
+
+
 def test_tuning_times_each_candidate_once(monkeypatch):
     """FUSED_MARGIN_TRITON_TUNE=1 changes tiles, and numbers by rounding only."""
     timed = []
