@@ -120,7 +120,8 @@ def plan(given: Inputs, spec: Spec) -> Plan:
     operand = spec.compute_dtype
     w_rows = (given.w if given.index is None else given.index).shape[0]
     cut = device.half if operand.itemsize == 2 else device.full
-    return Plan(device, cut, *given.x.shape, w_rows // spec.sub_centers, operand, spec)
+    batch, dim = given.x.shape
+    return Plan(device, cut, batch, int(dim), w_rows // spec.sub_centers, operand, spec)
 
 
 def row_constants(p: Plan, given: Inputs) -> dict:
