@@ -119,6 +119,11 @@ MUTANTS = [
         ("clip_without_floor", "torch.where(c <= args[0], args[0], ", "torch.where(c <= -2, args[0], "),
         ("filter_keeps", "torch.where(c > args[0], torch.zeros_like(c), c)", "torch.where(c > args[0], c, c)"),
         ("gauss_weight_has_gradient", "weight.detach() * (c + 1) - 1", "weight * (c + 1) - 1"),
+        (
+            "rule_args_wait_for_the_device",
+            "return torch.full((), a, dtype=dtype, device=like.device)",
+            "return torch.tensor(a, dtype=dtype, device=like.device)",
+        ),
         ("circle_weight_negative", "torch.relu(c + args[0]).detach()", "(c + args[0]).detach()"),
     ),
     *_in(
