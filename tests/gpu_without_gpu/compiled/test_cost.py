@@ -26,8 +26,8 @@ def modelled(device, shape, **options):
     return [(launch.name, cost.of_launch(launch)) for launch in launches]
 
 
-@pytest.mark.parametrize("flash", [0, 128], ids=["chunk", "flash"])
-@pytest.mark.parametrize("shape", [(20, 130, 64), (70, 96, 128)], ids=str)
+@pytest.mark.parametrize("flash", [0, pytest.param(128, marks=pytest.mark.slow)], ids=["chunk", "flash"])
+@pytest.mark.parametrize("shape", [(20, 130, 64), pytest.param((70, 96, 128), marks=pytest.mark.slow)], ids=str)
 def test_sweeping_kernels(shape, flash):
     """Exact: operations of the tensor cores, bytes read, bytes written."""
     device = steps.tiny(flash_width=flash)
@@ -40,6 +40,7 @@ def test_sweeping_kernels(shape, flash):
         assert (model[name].flops, model[name].read, model[name].written) == counts[1:], name
 
 
+@pytest.mark.slow
 def test_row_kernels():
     """Roughly, all together: B x D numbers beside C x D."""
     device, shape = steps.tiny(), (70, 130, 64)
