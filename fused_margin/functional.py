@@ -11,12 +11,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, rows
+from . import rows
 from .backends import choose
 from .margins import Margin, Outcome, PerClass, PerSample, RowParameter, RowStats, as_margin, gather_rows
 from .rows import Mining
 from .rules import IDENTITY, RULES
 from .scales import ScaleRule
+from .shard import ALL_CLASSES, Shard
 from .spec import EPS, Aux, Spec, Want, acc_dtype
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -53,6 +54,7 @@ def margin_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
     return_stats: bool = False,
+    shard: Shard = ALL_CLASSES,
 ) -> Tensor | tuple[Tensor, Stats]:
     """Softmax cross-entropy with a margin on the target, without a tensor of batch x classes.
 
@@ -89,6 +91,7 @@ def margin_cross_entropy(
             backend computes float16 operands in float32.
         backend: "cpu", "reference", or None: the first one that can run this input.
         return_stats: also return `Stats`, from the same sweep.
+        shard: what `fm.PartialFC` passes, whose `weight` and `bias` hold some of the classes only.
 
     Returns:
         The loss, float32 (float64 for float64 embeddings): 0-dim, or [B] with reduction "none"; with `return_stats`
@@ -98,7 +101,7 @@ def margin_cross_entropy(
         TypeError, ValueError: what was got, what is expected, what to do. RuntimeError: a label out of range.
     """
     margin = as_margin(margin)
-    _check(embeddings, weight, labels, bias, sub_centers)
+    _check(embeddings, weight, labels, bias, sub_centers, shard)
     _check_margin(margin, normalize_embeddings, normalize_weight, bias, sub_centers)
     rows.check_reduction(reduction)
     check_scale(scale)
@@ -114,22 +117,22 @@ def margin_cross_entropy(
         normalize_x=normalize_embeddings,
         normalize_w=normalize_weight,
         compute_dtype=_compute_dtype(compute_dtype, embeddings),
-        num_classes=weight.shape[0] // sub_centers,
+        num_classes=shard.count(weight, sub_centers),
         ignore_index=ignore_index,
     )
     spec = spec._replace(backend=choose(backend, embeddings, weight, spec))
-    head = _Inputs(embeddings, weight, labels, labels != ignore_index, spec)
+    head = _Inputs(embeddings, weight, labels, labels != ignore_index, spec, shard)
 
     found = _row_stats(head, margin, scale)
     margin = margin.prepare(found, labels)
     spec = spec._replace(rule=margin.rule().name)
     s = _scale_at_rows(head, scale, found)
     extra_bias = margin.bias()
-    bias = bias if extra_bias is None else extra_bias.expand(spec.num_classes).contiguous()
+    bias = bias if extra_bias is None else shard.part(extra_bias, spec.num_classes)
     want = _want(embeddings, s, return_stats, margin, label_smoothing)
     out, margin, stats = _sweep(head._replace(spec=spec._replace(want=want)), margin, s, bias, found, return_stats)
 
-    loss = rows.smoothed(margin.row_loss(out), out, label_smoothing, spec.num_classes) + margin.penalty()
+    loss = rows.smoothed(margin.row_loss(out), out, label_smoothing, shard.swept(spec)) + margin.penalty()
     weights = rows.row_weights(labels, spec.num_classes, loss.dtype, sample_weight, class_weight)
     loss = rows.reduced(loss, head.valid, weights, mining, reduction)
     return (loss, stats) if return_stats else loss
@@ -143,21 +146,22 @@ class _Inputs(NamedTuple):
     labels: Tensor  # int64
     valid: Tensor  # [B] bool
     spec: Spec
+    shard: Shard
 
 
 def _row_stats(head: _Inputs, margin: Margin, scale: RowParameter | str | ScaleRule) -> RowStats:
     """What the margin and the scale need to know before the sweep."""
-    x, w, labels, valid, spec = head
+    x, w, labels, valid, spec, shard = head
     acc = acc_dtype(x)
     of_scale = scale.needs if isinstance(scale, ScaleRule) else ("norm",) if isinstance(scale, str) else ()
     needs = {*margin.needs, *of_scale}
     cos_y = norm = weight_norm = None
     if "cos_y" in needs or RULES[spec.rule].needs_tau:
-        cos_y = ops.target_cosine(x, w, labels, None, spec)
+        cos_y = shard.target_cosine(x, w, labels, spec)
     if "norm" in needs:
         norm = torch.linalg.vector_norm(torch.where(valid[:, None], x, 0), dim=1, dtype=acc)
     if "weight_norm" in needs:
-        weight_norm = torch.linalg.vector_norm(w[torch.where(valid, labels, 0)], dim=1, dtype=acc)
+        weight_norm = shard.weight_norm(w, labels, valid, acc)
     return RowStats(valid, spec.num_classes, acc, cos_y, norm, weight_norm)
 
 
@@ -170,7 +174,8 @@ def _scale_at_rows(head: _Inputs, scale: RowParameter | str | ScaleRule, found: 
             plain = head.spec._replace(rule="identity", reduction="logsumexp", want=Want.NONE)
             args = IDENTITY.tensor(head.x)
             with torch.no_grad():
-                return ops.sweep(head.x, head.w, head.labels, s.expand(len(head.x)), None, None, None, args, plain)[0]
+                s = s.expand(len(head.x))
+                return head.shard.sweep(head.x, head.w, head.labels, s, None, None, args, plain)[0]
 
         return scale.prepare(found, rivals).expand(len(head.x))
     if isinstance(scale, str):
@@ -182,12 +187,12 @@ def _sweep(
     head: _Inputs, margin: Margin, scale: Tensor, bias: Tensor | None, found: RowStats, stats: bool
 ) -> tuple[Outcome, Margin, Stats | None]:
     """The sweep itself, and the target's logit; also the margin as its rows have it."""
-    x, w, labels, valid, spec = head
+    x, w, labels, valid, spec, shard = head
     rule, at_rows, tau = margin.rule(), margin.at(labels, spec.num_classes, found.dtype), None
     if RULES[rule.name].needs_tau:
         with torch.no_grad():
             tau = at_rows.threshold(found.cos_y.clone())  # it may be a user's, and work in place
-    red, cos_y, sum_u, aux = ops.sweep(x, w, labels, scale, tau, bias, None, rule.tensor(x), spec)
+    red, cos_y, sum_u, aux = shard.sweep(x, w, labels, scale, tau, bias, rule.tensor(x), spec)
     aux = Aux(*aux)
     if "hard_mean" in margin.needs:
         at_rows = at_rows.after(aux.masked_sum / aux.masked_count.clamp_min(1))
@@ -195,7 +200,7 @@ def _sweep(
     z = scale * _checked_target(at_rows.transform(c), cos_y).to(found.dtype)
     own = 0.0
     if bias is not None:
-        own = bias.to(found.dtype)[torch.where(valid, labels, 0)]
+        own = shard.at_rows(bias, labels, valid).to(found.dtype)
         z = z + own
     known = None
     if stats:
@@ -268,7 +273,14 @@ def _check_margin(margin: Margin, normalize_x: bool, normalize_w: bool, bias: Te
         raise ValueError(f"{name} has a bias of its own; expected bias=None")
 
 
-def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, sub_centers: int = 1) -> None:
+def _check(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    sub_centers: int = 1,
+    shard: Shard = ALL_CLASSES,
+) -> None:
     for name, t in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}; expected a tensor, as torch.as_tensor({name}) gives")
@@ -285,7 +297,7 @@ def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
             f"embeddings {list(embeddings.shape)} and weight {list(weight.shape)} differ in their last dimension; "
             f"expected [B, D] and [C, D]{hint}"
         )
-    if not weight.shape[0] or not weight.shape[1]:
+    if not (weight.shape[0] or shard.may_be_empty) or not weight.shape[1]:
         raise ValueError(f"weight has shape {list(weight.shape)}; expected at least one class and one dimension")
     if (embeddings.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise TypeError(

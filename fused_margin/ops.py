@@ -8,6 +8,9 @@ red, cos_y and sum_u are differentiable; o_red and o_sum [B, D] are what the bac
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -38,6 +41,17 @@ def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, sp
     return _target_cosine(x.detach(), w.detach(), labels, index, *spec)
 
 
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """How the gradients of a sweep leave, where that is not as tensors of the inputs' shapes."""
+
+    sparse: bool = False  # that of w as the rows of `index`, in a coalesced sparse tensor
+    rows: Tensor | None = None  # what gets a gradient in the place of x, which other shards sweep too
+    # Starts the sums of d_x and d_scale (None: not asked for) over the shards, before the sweep that makes d_w; what it
+    # returns waits for them, and gives the gradients of `rows` and scale.
+    reduce: Callable[[Tensor | None, Tensor | None], Callable[[], tuple[Tensor | None, Tensor | None]]] | None = None
+
+
 def sweep(
     x: Tensor,
     w: Tensor,
@@ -48,9 +62,13 @@ def sweep(
     index: Tensor | None,
     rule_args: Tensor,
     spec: Spec,
+    delivery: Delivery | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(red, cos_y, sum_u [B], aux [6, B]) of one sweep; see the head of this file and `Spec`."""
-    return _sweep(x, w, labels, scale, tau, bias, index, rule_args, *spec)[:4]
+    args = (x, w, labels, scale, tau, bias, index, rule_args, *spec)
+    if delivery is not None and _asks_for_gradients(*args, delivery.rows):
+        return _Sweep.apply(*args, delivery, delivery.rows)[:4]
+    return _sweep(*args)[:4]
 
 
 def _run_target_cosine(x, w, labels, index, *fields):
@@ -106,9 +124,10 @@ class _Sweep(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         with torch._C._AutoDispatchBelowAutograd():
-            output = _sweep(*args)
+            output = _sweep(*args[:-2])
+        *args, delivery, _ = args
         red, _, _, aux, o_red, o_sum = output
-        ctx.spec = Spec(*args[_NUM_INPUTS:])
+        ctx.spec, ctx.delivery = Spec(*args[_NUM_INPUTS:]), delivery
         ctx.mark_non_differentiable(aux, o_red, o_sum)
         ctx.save_for_backward(*args[:_NUM_INPUTS], red, aux, o_red, o_sum)
         return output
@@ -118,9 +137,13 @@ class _Sweep(torch.autograd.Function):
         return _backward(ctx, g_red, g_cos_y, g_sum_u)
 
 
+def _asks_for_gradients(*args):
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+
+
 def _sweep_autograd(*args):
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:_NUM_INPUTS]):
-        return _Sweep.apply(*args)
+    if _asks_for_gradients(*args[:_NUM_INPUTS]):
+        return _Sweep.apply(*args, None, None)
     with torch._C._AutoDispatchBelowAutograd():
         return _sweep(*args)
 
@@ -129,18 +152,35 @@ def _backward(ctx, g_red, g_cos_y, g_sum_u):
     if torch.is_grad_enabled():  # create_graph=True: what comes out would pass for a constant
         raise RuntimeError("fused_margin has first derivatives only; for second ones write the loss in plain PyTorch")
     x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum = ctx.saved_tensors
-    asked = ctx.needs_input_grad
-    need = Need.X * asked[0] | Need.W * asked[1] | Need.SCALE * asked[3] | Need.BIAS * asked[5]
-    if (asked[0] and not ctx.spec.want & Want.DX) or (asked[3] and not ctx.spec.want & Want.DSCALE):
+    *asked, of_rows = ctx.needs_input_grad
+    delivery = ctx.delivery if ctx.delivery is not None else Delivery()
+    for_x = asked[0] or of_rows
+    need = Need.X * for_x | Need.W * asked[1] | Need.SCALE * asked[3] | Need.BIAS * asked[5]
+    if (for_x and not ctx.spec.want & Want.DX) or (asked[3] and not ctx.spec.want & Want.DSCALE):
         raise RuntimeError("the gradient of x needs Want.DX in the forward, that of scale Want.DSCALE")
-    d_x, d_w, d_scale, d_bias = _sweep_backward(
-        g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
-        *ctx.spec, int(need),
-    )  # fmt: skip
+
+    def run(part):
+        grads = _sweep_backward(
+            g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
+            *ctx.spec, int(need & part),
+        )  # fmt: skip
+        flags = (Need.X, Need.W, Need.SCALE, Need.BIAS)
+        return tuple(g if need & part & flag else None for g, flag in zip(grads, flags, strict=True))
+
+    if delivery.reduce is None:
+        d_x, d_w, d_scale, d_bias = run(need)
+    else:
+        d_x, _, d_scale, _ = run(Need.X | Need.SCALE)
+        finish = delivery.reduce(d_x, d_scale)
+        _, d_w, _, d_bias = run(Need.W | Need.BIAS)
+        d_x, d_scale = finish()
     if asked[1] and index is not None:  # rows of a subset: zero elsewhere
-        d_w = torch.zeros_like(w).index_copy(0, index, d_w)
-    grads = [d_x if asked[0] else None, d_w if asked[1] else None, None, d_scale if asked[3] else None]
-    return (*grads, None, d_bias if asked[5] else None, None, None, *(None for _ in Spec._fields))
+        if delivery.sparse:
+            d_w = torch.sparse_coo_tensor(index[None], d_w, w.shape, is_coalesced=True, check_invariants=False)
+        else:
+            d_w = torch.zeros_like(w).index_copy(0, index, d_w)
+    d_rows, d_x = (d_x, None) if of_rows else (None, d_x)
+    return (d_x, d_w, None, d_scale, None, d_bias, None, None, *(None for _ in Spec._fields), None, d_rows)
 
 
 _library.impl("sweep", _sweep_autograd, "Autograd")
