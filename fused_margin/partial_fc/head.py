@@ -100,6 +100,7 @@ class PartialFC(MarginHead):
         self.sample_rate, self.sampling, self.embedding_grad = float(sample_rate), sampling, embedding_grad
         self.sparse_grad = sample_rate < 1 if sparse_grad is None else bool(sparse_grad)
         self.seed, self.step, self.max_local_batch = seed, 0, max_local_batch
+        self._swept_rows = 0  # of the last step
         self.sharded_names: set[str] = set()  # parameters and buffers that hold this rank's rows of [C, ...]
         super().__init__(
             embedding_size,
@@ -130,6 +131,8 @@ class PartialFC(MarginHead):
     def _make_weight(self, bias: bool, options: dict) -> None:
         columns = self.sub_centers * self.embedding_size
         self._add_rows("weight", nn.Parameter(torch.empty(self.layout.count, columns, **options)))
+        if self.sparse_grad:
+            self.weight.register_post_accumulate_grad_hook(self._mark_coalesced)
         self.bias = None
         if bias:
             self._add_rows("bias", nn.Parameter(torch.zeros(self.layout.count, **options)))
@@ -170,6 +173,11 @@ class PartialFC(MarginHead):
             local[inside.start - first : inside.stop - first] = drawn[inside.start - begin : inside.stop - begin]
         if self.bias is not None:
             self._rows("bias").zero_()
+
+    def _mark_coalesced(self, weight: nn.Parameter) -> None:
+        """Autograd's accumulation forgets that the rows of one step are sorted and distinct; coalesce() would sort."""
+        if weight.grad.is_sparse and weight.grad._nnz() == self._swept_rows:
+            weight.grad._coalesced_(True)
 
     def _rows(self, name: str) -> Tensor:
         """This rank's rows of a parameter or buffer, without gradient."""
@@ -268,6 +276,7 @@ class PartialFC(MarginHead):
             target = torch.where(here, place, count)
         elif self.sparse_grad and torch.is_grad_enabled():
             index = torch.arange(count, device=labels.device)
+        self._swept_rows = count
         position = torch.where(valid, target, -1)
         return RankShard(
             layout, self.ranks, batch, rows, position, index, sum(sizes), self.sub_centers, self.sparse_grad

@@ -37,6 +37,7 @@ def run_threads(world: int, fn: Callable[[], object]) -> list:
         for thread in ranks:
             thread.join()
     finally:
+        threaded.ProcessLocalGroup.reset()
         threaded._uninstall_threaded_pg()
         isolate(False)
     if errors:
