@@ -133,9 +133,10 @@ class PartialFC(MarginHead):
         self._add_rows("weight", nn.Parameter(torch.empty(self.layout.count, columns, **options)))
         if self.sparse_grad:
             self.weight.register_post_accumulate_grad_hook(self._mark_coalesced)
-        self.bias = None
         if bias:
             self._add_rows("bias", nn.Parameter(torch.zeros(self.layout.count, **options)))
+        else:
+            self.bias = None
 
     def _add_rows(self, name: str, local: Tensor) -> None:
         """A parameter or buffer that holds this rank's rows."""
