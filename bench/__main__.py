@@ -13,7 +13,7 @@ from . import cases, results, run
 from .cases import Case
 from .heads import Peers
 from .mentions import wrong_mentions
-from .methods import METHODS, check_names
+from .methods import METHODS, check_names, compared
 from .results import Row
 from .table import summary
 
@@ -83,18 +83,18 @@ def load(path: Path, header: dict[str, str], fresh: bool, chosen: list[Case]) ->
     return []
 
 
-def missing(rows: list[Row], chosen: list[Case], methods: list[str]) -> dict[Case, list[str]]:
+def missing(rows: list[Row], chosen: list[Case], methods: list[str] | None) -> dict[Case, list[str]]:
     """Cases to measure, with their methods: all again if one is missing, as methods are compared in turns."""
     have = {case: [row.method for row in of_case] for case, of_case in results.by_case(rows).items()}
     todo = {}
     for case in chosen:
-        known = have.get(case, [])
-        if not set(methods) <= set(known):
-            todo[case] = [name for name in METHODS if name in methods or name in known]
+        known, wanted = have.get(case, []), methods or compared(case)
+        if not set(wanted) <= set(known):
+            todo[case] = [name for name in METHODS if name in wanted or name in known]
     return todo
 
 
-def measure(args: argparse.Namespace, path: Path, chosen: list[Case], methods: list[str]) -> list[Row]:
+def measure(args: argparse.Namespace, path: Path, chosen: list[Case], methods: list[str] | None) -> list[Row]:
     """Measure what is missing in the file, adding case after case, and give all of its rows."""
     header = results.machine(args.device, args.threads)
     partial = path.with_suffix("".join(PARTIAL))
@@ -124,9 +124,8 @@ def measure(args: argparse.Namespace, path: Path, chosen: list[Case], methods: l
 def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     args = parser.parse_args(argv)
-    methods = args.methods or list(METHODS)
     try:
-        check_names(methods)
+        check_names(args.methods or [])
         chosen = chosen_cases(args)
         if args.list:
             print("\n".join(case.name for case in chosen))
@@ -136,7 +135,7 @@ def main(argv: list[str] | None = None) -> int:
         if args.smoke and (wrong := wrong_mentions()):
             raise ValueError("named, but not there:\n  " + "\n  ".join(wrong))
         path = destination(args)
-        rows = measure(args, path, chosen, methods)
+        rows = measure(args, path, chosen, args.methods)
     except ValueError as error:
         parser.error(str(error))
     print(summary(rows))

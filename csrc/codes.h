@@ -1,9 +1,18 @@
-// The rules and reductions by number: the order is that of CODES and REDUCTIONS in fused_margin/rules.py.
+// The rules, reductions and target transforms by number: the order is that of CODES and REDUCTIONS in
+// fused_margin/rules.py, of KINDS in fused_margin/margins/forms.py, and of TAILS in fused_margin/margins/angular.py.
 #pragma once
+
+#ifdef __CUDACC__
+#define FM_HOST_DEVICE __host__ __device__ __forceinline__
+#else
+#define FM_HOST_DEVICE inline __attribute__((always_inline))
+#endif
 
 namespace fused_margin {
 
 enum class RuleCode { identity, hard, curricular, clip, filter, gauss, circle, power };
 enum class Reduction { logsumexp, softplus };
+enum class TargetKind { cosine, angle, multiple };
+enum class Tail { raw, linear, continuous, clamp, easy };
 
 }  // namespace fused_margin

@@ -6,12 +6,6 @@
 
 #include "codes.h"
 
-#ifdef __CUDACC__
-#define FM_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define FM_HOST_DEVICE inline __attribute__((always_inline))
-#endif
-
 namespace fused_margin {
 
 template <class V>

@@ -11,14 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import rows
-from .backends import choose
+from . import ops, rows
+from .backends import BACKENDS, choose
 from .margins import Margin, Outcome, PerClass, PerSample, RowParameter, RowStats, as_margin, gather_rows
+from .margins.forms import Forms, forms_of
 from .rows import Mining
 from .rules import IDENTITY, RULES
 from .scales import ScaleRule
 from .shard import ALL_CLASSES, Shard
-from .spec import EPS, Aux, Spec, Want, acc_dtype
+from .spec import EPS, Aux, Rows, Spec, Want, acc_dtype
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TOPK_CHUNK = 16_384  # classes whose cosines exist at one time in `topk`
@@ -105,10 +106,9 @@ def margin_cross_entropy(
     _check_margin(margin, normalize_embeddings, normalize_weight, bias, sub_centers)
     rows.check_reduction(reduction)
     check_scale(scale)
-    rows.check_extras(label_smoothing, mining, sample_weight, margin.reduction == "logsumexp")
+    rows.check_extras(label_smoothing, mining, sample_weight, margin.softmax)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index = {ignore_index!r}; expected an integer, as -100")
-    labels = labels.long()
     spec = Spec(
         rule=margin.rule().name,
         unit_slope=margin.gradient == "detached",
@@ -121,20 +121,13 @@ def margin_cross_entropy(
         ignore_index=ignore_index,
     )
     spec = spec._replace(backend=choose(backend, embeddings, weight, spec))
-    head = _Inputs(embeddings, weight, labels, labels != ignore_index, spec, shard)
-
-    found = _row_stats(head, margin, scale)
-    margin = margin.prepare(found, labels)
-    spec = spec._replace(rule=margin.rule().name)
-    s = _scale_at_rows(head, scale, found)
-    extra_bias = margin.bias()
-    bias = bias if extra_bias is None else shard.part(extra_bias, spec.num_classes)
-    want = _want(embeddings, s, return_stats, margin, label_smoothing)
-    out, margin, stats = _sweep(head._replace(spec=spec._replace(want=want)), margin, s, bias, found, return_stats)
-
-    loss = rows.smoothed(margin.row_loss(out), out, label_smoothing, shard.swept(spec)) + margin.penalty()
-    weights = rows.row_weights(labels, spec.num_classes, loss.dtype, sample_weight, class_weight)
-    loss = rows.reduced(loss, head.valid, weights, mining, reduction)
+    head = _Inputs(embeddings, weight, labels.long(), spec, shard)
+    extras = rows.Extras(reduction, label_smoothing, mining, sample_weight, class_weight)
+    forms = _forms(head, margin, scale, bias, extras)
+    if forms is not None:
+        loss, stats = _by_kernel(head, margin, forms, scale, extras, return_stats)
+    else:
+        loss, stats = _by_torch(head, margin, scale, bias, extras, return_stats)
     return (loss, stats) if return_stats else loss
 
 
@@ -144,15 +137,67 @@ class _Inputs(NamedTuple):
     x: Tensor
     w: Tensor
     labels: Tensor  # int64
-    valid: Tensor  # [B] bool
     spec: Spec
     shard: Shard
+
+    @property
+    def valid(self) -> Tensor:
+        """[B] bool: not ignored."""
+        return self.labels != self.spec.ignore_index
+
+
+def _forms(
+    head: _Inputs, margin: Margin, scale: RowParameter | str | ScaleRule, bias: Tensor | None, extras: rows.Extras
+) -> Forms | None:
+    """What the backend's own kernel for the work on [B] needs; None where PyTorch does that work."""
+    plain = bias is None and not extras.smoothing and not isinstance(scale, (str, ScaleRule))
+    plain = plain and head.shard.whole
+    return forms_of(margin) if plain and hasattr(BACKENDS[head.spec.backend], "sweep_loss") else None
+
+
+def _by_kernel(
+    head: _Inputs, margin: Margin, forms: Forms, scale: RowParameter, extras: rows.Extras, stats: bool
+) -> tuple[Tensor, Stats | None]:
+    """The loss, of a margin that kernels know: everything up to the rows' losses is one operator."""
+    x, w, labels, spec, _ = head
+    s = row_scale(scale, x, labels, spec.num_classes)
+    spec = spec._replace(want=_want(x, s, stats, margin, extras.smoothing))
+    reduction = "none" if extras.weigh else extras.reduction
+    loss, of_rows, aux = ops.sweep_loss(x, w, labels, s, margin.rule().tensor(x), spec, forms, reduction)
+    if extras.weigh:
+        loss = rows.reduced(loss, labels, head.valid, spec.num_classes, extras)
+    if not stats:
+        return loss, None
+    found = Rows(*of_rows)
+    out = Outcome(s, s * margin.target(found.cos_y), found.red, found.red)
+    return loss, _stats(head, out, Aux(*aux), found.cos_y, 0.0)
+
+
+def _by_torch(
+    head: _Inputs,
+    margin: Margin,
+    scale: RowParameter | str | ScaleRule,
+    bias: Tensor | None,
+    extras: rows.Extras,
+    return_stats: bool,
+) -> tuple[Tensor, Stats | None]:
+    """The loss, of any margin: the work on [B] is PyTorch's, slopes are autograd's."""
+    x, _, labels, spec, shard = head
+    found = _row_stats(head, margin, scale)
+    margin = margin.prepare(found, labels)
+    s = _scale_at_rows(head, scale, found)
+    extra_bias = margin.bias()
+    bias = bias if extra_bias is None else shard.part(extra_bias, spec.num_classes)
+    spec = spec._replace(rule=margin.rule().name, want=_want(x, s, return_stats, margin, extras.smoothing))
+    out, margin, stats = _sweep(head._replace(spec=spec), margin, s, bias, found, return_stats)
+    loss = rows.smoothed(margin.row_loss(out), out, extras.smoothing, shard.swept(spec)) + margin.penalty()
+    return rows.reduced(loss, labels, head.valid, spec.num_classes, extras), stats
 
 
 def _row_stats(head: _Inputs, margin: Margin, scale: RowParameter | str | ScaleRule) -> RowStats:
     """What the margin and the scale need to know before the sweep."""
-    x, w, labels, valid, spec, shard = head
-    acc = acc_dtype(x)
+    x, w, labels, spec, shard = head
+    acc, valid = acc_dtype(x), head.valid
     of_scale = scale.needs if isinstance(scale, ScaleRule) else ("norm",) if isinstance(scale, str) else ()
     needs = {*margin.needs, *of_scale}
     cos_y = norm = weight_norm = None
@@ -187,7 +232,7 @@ def _sweep(
     head: _Inputs, margin: Margin, scale: Tensor, bias: Tensor | None, found: RowStats, stats: bool
 ) -> tuple[Outcome, Margin, Stats | None]:
     """The sweep itself, and the target's logit; also the margin as its rows have it."""
-    x, w, labels, valid, spec, shard = head
+    x, w, labels, spec, shard = head
     rule, at_rows, tau = margin.rule(), margin.at(labels, spec.num_classes, found.dtype), None
     if RULES[rule.name].needs_tau:
         with torch.no_grad():
@@ -200,16 +245,19 @@ def _sweep(
     z = scale * _checked_target(at_rows.transform(c), cos_y).to(found.dtype)
     own = 0.0
     if bias is not None:
-        own = shard.at_rows(bias, labels, valid).to(found.dtype)
+        own = shard.at_rows(bias, labels, head.valid).to(found.dtype)
         z = z + own
-    known = None
-    if stats:
-        with torch.no_grad():
-            correct = (valid & (cos_y + own / scale >= aux.best)).sum()
-            hard = aux.masked_count if tau is not None else torch.zeros_like(red)
-            lse = torch.logaddexp(red, z) if spec.reduction == "logsumexp" else red
-            known = Stats(cos_y.detach(), aux.best, lse.detach(), correct, hard)
-    return Outcome(scale, z, red, sum_u), at_rows, known
+    out = Outcome(scale, z, red, sum_u)
+    return out, at_rows, _stats(head, out, aux, cos_y, own) if stats else None
+
+
+@torch.no_grad()
+def _stats(head: _Inputs, out: Outcome, aux: Aux, cos_y: Tensor, own: Tensor | float) -> Stats:
+    """own: the bias at the rows' targets, [B]."""
+    correct = (head.valid & (cos_y + own / out.scale >= aux.best)).sum()
+    hard = aux.masked_count if RULES[head.spec.rule].needs_tau else torch.zeros_like(out.red)
+    lse = torch.logaddexp(out.red, out.z) if head.spec.reduction == "logsumexp" else out.red
+    return Stats(cos_y.detach(), aux.best, lse.detach(), correct, hard)
 
 
 def topk(

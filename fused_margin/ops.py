@@ -15,10 +15,12 @@ import torch
 from torch import Tensor
 
 from .backends import BACKENDS
-from .spec import SPEC_SCHEMA, Aux, Need, Spec, Want, acc_dtype
+from .margins.forms import Forms
+from .spec import SPEC_SCHEMA, Aux, Need, Rows, Spec, Want, acc_dtype
 
 _INPUTS = "Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor? tau, Tensor? bias, Tensor? index, Tensor rule_args"
 _NUM_INPUTS = 8
+_LOSS_INPUTS = 5
 
 _library = torch.library.Library("fused_margin", "DEF")
 _library.define(f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {SPEC_SCHEMA}) -> Tensor")
@@ -31,8 +33,14 @@ _library.define(
     f"Tensor o_sum, {SPEC_SCHEMA}, int need) -> (Tensor d_x, Tensor d_w, Tensor d_scale, Tensor d_bias)"
 )
 
+_library.define(
+    f"sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args, {SPEC_SCHEMA}, float[] forms, "
+    "str loss_reduction) -> (Tensor loss, Tensor rows, Tensor aux, Tensor o_red)"
+)
+
 _target_cosine = torch.ops.fused_margin.target_cosine.default
 _sweep = torch.ops.fused_margin.sweep.default
+_sweep_loss = torch.ops.fused_margin.sweep_loss.default
 _sweep_backward = torch.ops.fused_margin.sweep_backward.default
 
 
@@ -52,6 +60,9 @@ class Delivery:
     reduce: Callable[[Tensor | None, Tensor | None], Callable[[], tuple[Tensor | None, Tensor | None]]] | None = None
 
 
+_AS_THEY_ARE = Delivery()
+
+
 def sweep(
     x: Tensor,
     w: Tensor,
@@ -62,13 +73,46 @@ def sweep(
     index: Tensor | None,
     rule_args: Tensor,
     spec: Spec,
-    delivery: Delivery | None = None,
+    delivery: Delivery = _AS_THEY_ARE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(red, cos_y, sum_u [B], aux [6, B]) of one sweep; see the head of this file and `Spec`."""
     args = (x, w, labels, scale, tau, bias, index, rule_args, *spec)
-    if delivery is not None and _asks_for_gradients(*args, delivery.rows):
+    if delivery is not _AS_THEY_ARE and _asks_for_gradients(*args, delivery.rows):
         return _Sweep.apply(*args, delivery, delivery.rows)[:4]
     return _sweep(*args)[:4]
+
+
+def sweep_loss(
+    x: Tensor,
+    w: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    rule_args: Tensor,
+    spec: Spec,
+    forms: Forms,
+    loss_reduction: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, rows [6, B], aux [6, B]), see `Rows` and `Aux`: a sweep and what follows, for a margin that kernels know.
+
+    loss_reduction: "none", for [B] with 0 in ignored rows; "sum"; "mean", over the rows that are not ignored.
+    """
+    run = _sweep_loss_autograd if _plain(x, w, labels, scale) else _sweep_loss
+    loss, rows, aux, _ = run(x, w, labels, scale, rule_args, *spec, forms.packed(), loss_reduction)
+    return loss, rows, aux
+
+
+def _plain(*tensors: Tensor) -> bool:
+    """Whether nothing but autograd wants to see an operator's call.
+
+    Then what is registered below is called as it is: a pass through the dispatcher and back into Python costs 20 us,
+    and a step would take five of them.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and not torch._C._len_torch_dispatch_stack()
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _run_target_cosine(x, w, labels, index, *fields):
@@ -86,8 +130,14 @@ def _run_sweep_backward(*args):
     return BACKENDS[spec.backend].sweep_backward(*args[: -1 - len(Spec._fields)], spec, args[-1])
 
 
+def _run_sweep_loss(*args):
+    spec = Spec(*args[_LOSS_INPUTS:-2])
+    return BACKENDS[spec.backend].sweep_loss(*args[:_LOSS_INPUTS], spec, *args[-2:])
+
+
 _library.impl("target_cosine", _run_target_cosine, "CompositeExplicitAutograd")
 _library.impl("sweep", _run_sweep, "CompositeExplicitAutograd")
+_library.impl("sweep_loss", _run_sweep_loss, "CompositeExplicitAutograd")
 _library.impl("sweep_backward", _run_sweep_backward, "CompositeExplicitAutograd")
 
 
@@ -107,6 +157,15 @@ def _(x, w, labels, scale, tau, bias, index, rule_args, *fields):
     return red, cos_y, sum_u, aux, o_red, o_sum
 
 
+@torch.library.register_fake("fused_margin::sweep_loss")
+def _(x, w, labels, scale, rule_args, *rest):
+    spec, loss_reduction = Spec(*rest[:-2]), rest[-1]
+    batch, of_row = x.shape[0], loss_reduction == "none"
+    rows = x.new_empty(len(Rows._fields), batch, dtype=acc_dtype(x))
+    loss, aux = rows.new_empty((batch,) if of_row else ()), rows.new_empty(len(Aux._fields), batch)
+    return loss, rows, aux, rows.new_empty(x.shape if spec.want & Want.DX else (0,))
+
+
 @torch.library.register_fake("fused_margin::sweep_backward")
 def _(g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, *rest):
     need = rest[-1]
@@ -123,11 +182,11 @@ class _Sweep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
+        *args, ctx.delivery, _ = args
         with torch._C._AutoDispatchBelowAutograd():
-            output = _sweep(*args[:-2])
-        *args, delivery, _ = args
+            output = _sweep(*args)
         red, _, _, aux, o_red, o_sum = output
-        ctx.spec, ctx.delivery = Spec(*args[_NUM_INPUTS:]), delivery
+        ctx.spec = Spec(*args[_NUM_INPUTS:])
         ctx.mark_non_differentiable(aux, o_red, o_sum)
         ctx.save_for_backward(*args[:_NUM_INPUTS], red, aux, o_red, o_sum)
         return output
@@ -137,50 +196,87 @@ class _Sweep(torch.autograd.Function):
         return _backward(ctx, g_red, g_cos_y, g_sum_u)
 
 
+class _SweepLoss(torch.autograd.Function):
+    """The same for `sweep_loss`, which leaves its own slopes by red, by the target's cosine and by the scale."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        output = _sweep_loss_below(*args)
+        _, rows, aux, o_red = output
+        ctx.spec = Spec(*args[_LOSS_INPUTS:-2])
+        ctx.mark_non_differentiable(rows, aux, o_red)
+        ctx.save_for_backward(*args[:_LOSS_INPUTS], rows, aux, o_red)
+        return output
+
+    @staticmethod
+    def backward(ctx, g, *_):
+        x, w, labels, scale, rule_args, rows, aux, o_red = ctx.saved_tensors
+        row, asked = Rows(*rows.unbind()), ctx.needs_input_grad
+        inputs = (x, w, labels, scale, row.tau, None, None, rule_args, row.red, aux, o_red, o_red.new_empty(0))
+        upstream = (g * row.by_red, g * row.by_cos_y, torch.zeros_like(row.by_red))
+        d_x, d_w, d_scale, _ = _gradients(ctx.spec, upstream, inputs, (asked[0], asked[1], asked[3], False))
+        if asked[3]:
+            d_scale = d_scale + (g * row.by_scale).to(d_scale.dtype)
+        return (d_x, d_w, None, d_scale, *(None for _ in range(len(Spec._fields) + 3)))
+
+
 def _asks_for_gradients(*args):
     return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
 
 
 def _sweep_autograd(*args):
     if _asks_for_gradients(*args[:_NUM_INPUTS]):
-        return _Sweep.apply(*args, None, None)
+        return _Sweep.apply(*args, _AS_THEY_ARE, None)
     with torch._C._AutoDispatchBelowAutograd():
         return _sweep(*args)
 
 
 def _backward(ctx, g_red, g_cos_y, g_sum_u):
-    if torch.is_grad_enabled():  # create_graph=True: what comes out would pass for a constant
-        raise RuntimeError("fused_margin has first derivatives only; for second ones write the loss in plain PyTorch")
-    x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum = ctx.saved_tensors
-    *asked, of_rows = ctx.needs_input_grad
-    delivery = ctx.delivery if ctx.delivery is not None else Delivery()
-    for_x = asked[0] or of_rows
-    need = Need.X * for_x | Need.W * asked[1] | Need.SCALE * asked[3] | Need.BIAS * asked[5]
-    if (for_x and not ctx.spec.want & Want.DX) or (asked[3] and not ctx.spec.want & Want.DSCALE):
-        raise RuntimeError("the gradient of x needs Want.DX in the forward, that of scale Want.DSCALE")
-
-    def run(part):
-        grads = _sweep_backward(
-            g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
-            *ctx.spec, int(need & part),
-        )  # fmt: skip
-        flags = (Need.X, Need.W, Need.SCALE, Need.BIAS)
-        return tuple(g if need & part & flag else None for g, flag in zip(grads, flags, strict=True))
-
-    if delivery.reduce is None:
-        d_x, d_w, d_scale, d_bias = run(need)
-    else:
-        d_x, _, d_scale, _ = run(Need.X | Need.SCALE)
-        finish = delivery.reduce(d_x, d_scale)
-        _, d_w, _, d_bias = run(Need.W | Need.BIAS)
-        d_x, d_scale = finish()
-    if asked[1] and index is not None:  # rows of a subset: zero elsewhere
-        if delivery.sparse:
-            d_w = torch.sparse_coo_tensor(index[None], d_w, w.shape, is_coalesced=True, check_invariants=False)
-        else:
-            d_w = torch.zeros_like(w).index_copy(0, index, d_w)
+    of_rows = ctx.needs_input_grad[-1]
+    asked = [ctx.needs_input_grad[i] or (i == 0 and of_rows) for i in (0, 1, 3, 5)]
+    upstream = (g_red, g_cos_y, g_sum_u)
+    d_x, d_w, d_scale, d_bias = _gradients(ctx.spec, upstream, ctx.saved_tensors, asked, ctx.delivery)
     d_rows, d_x = (d_x, None) if of_rows else (None, d_x)
     return (d_x, d_w, None, d_scale, None, d_bias, None, None, *(None for _ in Spec._fields), None, d_rows)
 
 
+def _gradients(spec, upstream, inputs, asked, delivery=_AS_THEY_ARE):
+    """Those asked for of x, w, scale and bias, None in place of the others."""
+    if torch.is_grad_enabled():  # create_graph=True: what comes out would pass for a constant
+        raise RuntimeError("fused_margin has first derivatives only; for second ones write the loss in plain PyTorch")
+    if (asked[0] and not spec.want & Want.DX) or (asked[2] and not spec.want & Want.DSCALE):
+        raise RuntimeError("the gradient of x needs Want.DX in the forward, that of scale Want.DSCALE")
+    need = sum(int(flag) for flag, wanted in zip((Need.X, Need.W, Need.SCALE, Need.BIAS), asked, strict=True) if wanted)
+    run = _run_sweep_backward if _plain(*upstream, inputs[0], inputs[1]) else _sweep_backward
+    if delivery.reduce is None:
+        grads = list(run(*upstream, *inputs, *spec, need))
+    else:
+        d_x, _, d_scale, _ = run(*upstream, *inputs, *spec, need & (Need.X | Need.SCALE))
+        finish = delivery.reduce(d_x if asked[0] else None, d_scale if asked[2] else None)
+        _, d_w, _, d_bias = run(*upstream, *inputs, *spec, need & (Need.W | Need.BIAS))
+        d_x, d_scale = finish()
+        grads = [d_x, d_w, d_scale, d_bias]
+    w, index = inputs[1], inputs[6]
+    if asked[1] and index is not None:  # rows of a subset: zero elsewhere
+        if delivery.sparse:
+            grads[1] = torch.sparse_coo_tensor(
+                index[None], grads[1], w.shape, is_coalesced=True, check_invariants=False
+            )
+        else:
+            grads[1] = torch.zeros_like(w).index_copy(0, index, grads[1])
+    return [grad if wanted else None for grad, wanted in zip(grads, asked, strict=True)]
+
+
+def _sweep_loss_below(*args):
+    with torch._C._AutoDispatchBelowAutograd():
+        return (_run_sweep_loss if _plain(*args[:_LOSS_INPUTS]) else _sweep_loss)(*args)
+
+
+def _sweep_loss_autograd(*args):
+    if torch.is_grad_enabled() and any(args[i].requires_grad for i in (0, 1, 3)):
+        return _SweepLoss.apply(*args)
+    return _sweep_loss_below(*args)
+
+
 _library.impl("sweep", _sweep_autograd, "Autograd")
+_library.impl("sweep_loss", _sweep_loss_autograd, "Autograd")

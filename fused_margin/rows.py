@@ -6,6 +6,7 @@ loss_i -> (1 - eps) loss_i + eps * (mean over the classes) -> mining -> weights 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,6 +15,21 @@ from .margins import GRADIENTS, Outcome, PerClass, PerSample
 from .margins.base import choice, gather_rows, number
 
 REDUCTIONS = ("mean", "sum", "none")
+
+
+class Extras(NamedTuple):
+    """What a call asks for beside the losses of its rows."""
+
+    reduction: str
+    smoothing: float
+    mining: Mining | None
+    by_sample: Tensor | None  # weights [B]
+    by_class: Tensor | None  # weights [C]
+
+    @property
+    def weigh(self) -> bool:
+        """Whether rows count by more than being there."""
+        return any(part is not None for part in (self.mining, self.by_sample, self.by_class))
 
 
 class Mining:
@@ -90,6 +106,8 @@ def check_extras(smoothing: float, mining: Mining | None, weights: Tensor | None
         raise ValueError("label_smoothing is defined for a softmax; this loss has none: expected label_smoothing=0")
     if mining is not None and not isinstance(mining, Mining):
         raise TypeError(f"mining: got {mining!r}; expected fm.Focal(), fm.HardRows() or None")
+    if isinstance(mining, Focal) and not softmax:
+        raise ValueError("fm.Focal takes p = exp(-loss) of a softmax; this loss has none: expected fm.HardRows or None")
     if weights is not None and not isinstance(weights, Tensor):
         raise TypeError(f"weights: got {type(weights).__name__}; expected a tensor")
 
@@ -99,30 +117,29 @@ def smoothed(loss: Tensor, out: Outcome, smoothing: float, num_classes: int) -> 
     return loss + smoothing * (out.z - (out.z + out.sum_u) / num_classes) if smoothing else loss
 
 
-def row_weights(
-    labels: Tensor, num_classes: int, dtype: torch.dtype, by_sample: Tensor | None, by_class: Tensor | None
-) -> Tensor | float:
+def _weights(labels: Tensor, num_classes: int, dtype: torch.dtype, extras: Extras) -> Tensor | float:
     """The product of sample and class weights at the rows, [B], or 1.0."""
     weights = 1.0
-    if by_sample is not None:
-        weights = weights * gather_rows(PerSample(by_sample), labels, num_classes, dtype, "sample_weight")
-    if by_class is not None:
-        weights = weights * gather_rows(PerClass(by_class), labels, num_classes, dtype, "class_weight")
+    if extras.by_sample is not None:
+        weights = weights * gather_rows(PerSample(extras.by_sample), labels, num_classes, dtype, "sample_weight")
+    if extras.by_class is not None:
+        weights = weights * gather_rows(PerClass(extras.by_class), labels, num_classes, dtype, "class_weight")
     return weights
 
 
-def reduced(loss: Tensor, valid: Tensor, weights: Tensor | float, mining: Mining | None, reduction: str) -> Tensor:
+def reduced(loss: Tensor, labels: Tensor, valid: Tensor, num_classes: int, extras: Extras) -> Tensor:
     """Mining, weights and reduction; the mean divides by the weights of the rows that count, and is 0 without any."""
+    weights = _weights(labels, num_classes, loss.dtype, extras)
     counts = weights * valid.to(loss.dtype)
     loss = torch.where(valid, loss, 0)
-    if mining is not None:
-        factor = mining.factor(loss, valid)
-        loss, counts = loss * factor, counts * mining.counts(factor)
+    if extras.mining is not None:
+        factor = extras.mining.factor(loss, valid)
+        loss, counts = loss * factor, counts * extras.mining.counts(factor)
     loss = loss * weights if isinstance(weights, Tensor) else loss
-    if reduction == "none":
+    if extras.reduction == "none":
         return loss
     total = loss.sum()
-    if reduction == "sum":
+    if extras.reduction == "sum":
         return total
     count = counts.sum()
     return total / torch.where(count > 0, count, 1)

@@ -17,6 +17,7 @@ class Shard:
     """All classes in one place: the sweep's result as it is."""
 
     may_be_empty = False  # `weight` may have no row
+    whole = True  # `weight` has all classes, and all are swept: what a sweep finds needs no more work
 
     def count(self, w: Tensor, sub_centers: int) -> int:
         """C, the classes of the head."""

@@ -39,6 +39,17 @@ class Aux(NamedTuple):
     red_low: torch.Tensor  # what rounding took from red, for A = exp(u - red - red_low) in the backward
 
 
+class Rows(NamedTuple):
+    """Rows of `sweep_loss`'s `rows` [6, B]; no gradient. Slopes are those of the loss as it was reduced."""
+
+    by_red: torch.Tensor
+    by_cos_y: torch.Tensor
+    by_scale: torch.Tensor  # by way of the target's logit
+    red: torch.Tensor
+    cos_y: torch.Tensor
+    tau: torch.Tensor  # 0 for a rule that needs none
+
+
 class Spec(NamedTuple):
     """The static part of a sweep; its fields stand in the operator's schema in this order."""
 

@@ -107,7 +107,7 @@ MUTANTS = [
         ("hard_rows_upside_down", "argsort(descending=True, stable=True)", "argsort(stable=True)"),
         ("smoothing_without_target", "(out.z + out.sum_u) / num_classes", "out.sum_u / num_classes"),
         ("mean_over_no_row", "torch.where(count > 0, count, 1)", "count"),
-        ("ignore_index_ignored", "loss = torch.where(valid, loss, 0)\n    if mining", "if mining"),
+        ("ignore_index_ignored", "loss = torch.where(valid, loss, 0)\n    if extras.mining", "if extras.mining"),
         ("mean_of_ignored_rows", "counts = weights * valid.to(loss.dtype)", "counts = weights * torch.ones_like(loss)"),
         ("class_weight_in_the_mean", "weights * valid.to(", "1.0 * valid.to("),
     ),
@@ -119,6 +119,11 @@ MUTANTS = [
         ("clip_without_floor", "torch.where(c <= args[0], args[0], ", "torch.where(c <= -2, args[0], "),
         ("filter_keeps", "torch.where(c > args[0], torch.zeros_like(c), c)", "torch.where(c > args[0], c, c)"),
         ("gauss_weight_has_gradient", "weight.detach() * (c + 1) - 1", "weight * (c + 1) - 1"),
+        (
+            "rule_args_wait_for_the_device",
+            "return torch.full((), a, dtype=dtype, device=like.device)",
+            "return torch.tensor(a, dtype=dtype, device=like.device)",
+        ),
         ("circle_weight_negative", "torch.relu(c + args[0]).detach()", "(c + args[0]).detach()"),
     ),
     *_in(
@@ -128,7 +133,7 @@ MUTANTS = [
         ("norm_gradient_dropped", "where(valid[:, None], x, 0)", "where(valid[:, None], x.detach(), 0)"),
         ("rivals_never_detached", 'unit_slope=margin.gradient == "detached"', "unit_slope=False"),
         ("autocast_ignored", "if torch.is_autocast_enabled(device)", "if False"),
-        ("ignored_rows_are_correct", "correct = (valid & ", "correct = ("),
+        ("ignored_rows_are_correct", "correct = (head.valid & ", "correct = ("),
         ("topk_class_numbers", "torch.cat([ids, place + first], 1)", "torch.cat([ids, place], 1)"),
     ),
     *_in(
@@ -142,8 +147,8 @@ MUTANTS = [
     ),
     *_in(
         "fused_margin/ops.py",
-        ("subset_gradient_misplaced", ".index_copy(0, index, d_w)", ".index_copy(0, index.flip(0), d_w)"),
-        ("every_gradient_computed", "Need.W * asked[1]", "Need.W"),
+        ("subset_gradient_misplaced", ".index_copy(0, index, grads[1])", ".index_copy(0, index.flip(0), grads[1])"),
+        ("every_gradient_computed", "strict=True) if wanted)\n", "strict=True))\n"),
     ),
     *_in(
         "fused_margin/backends/reference.py",
@@ -152,6 +157,32 @@ MUTANTS = [
         ("reference_sum_gradient", "g_red[:, None] * a + g_sum_u[:, None]", "g_red[:, None] * a"),
         ("reference_shard_offset", "position = labels - spec.first_class", "position = labels"),
         ("reference_bias_forgotten", "u if bias is None else u + bias", "u"),
+    ),
+    *_in(
+        "fused_margin/margins/forms.py",
+        ("subclass_taken_for_its_base", "_FORMS.get(type(margin))", "_FORMS.get(type(margin).__mro__[1])"),
+        ("forms_of_sv_without_margin", "Forms(base.target, base.target)", "Forms(base.target, Form())"),
+    ),
+    *_in(
+        "csrc/margins.h",
+        ("kernel_tail_condition", "beyond = c < -cos_m", "beyond = c < cos_m"),
+        ("kernel_slope_of_arcface", "cos_m + c / floored(sine) * sin_m", "cos_m - c / floored(sine) * sin_m"),
+        ("kernel_sine_floor", "kSineFloor = T(1e-3)", "kSineFloor = T(1e-2)"),
+        ("kernel_psi_segment", "k += c <= std::cos(T(i)", "k += c < std::cos(T(i + 1)"),
+        ("kernel_psi_slope", "2 * value + 2 * c * slope - d_before", "2 * value + c * slope - d_before"),
+        ("kernel_joint", "std::cos((kPi<T> - f.m2) / f.m1)", "std::cos(kPi<T> - f.m2)"),
+        ("kernel_m3", "{t.value - f.m3, t.slope}", "{t.value + f.m3, t.slope}"),
+        ("kernel_slope_of_the_loss", "u > T(0) ? T(1) / (T(1) + e) : small", "T(1) / (T(1) + e)"),
+    ),
+    *_in(
+        "csrc/cpu/rows.cpp",
+        ("kernel_detached_slope", "p.unit_slope ? 1 : t.slope", "t.slope"),
+        ("kernel_slope_by_scale", "T(-l.slope * t.value)", "T(-l.slope)"),
+    ),
+    *_in(
+        "csrc/cpu/ops.cpp",
+        ("kernel_threshold", "read_form(forms, 1)", "read_form(forms, 0)"),
+        ("kernel_mean_over_all_rows", "1.0 / double(std::max<int64_t>(valid, 1))", "1.0 / double(p.batch)"),
     ),
     *_in(
         "csrc/rules.h",
@@ -200,9 +231,12 @@ MUTANTS = [
         ("kernel_target_norm_forgotten", "g.g_cos_y[i] * (p.normalize_w ?", "g.g_cos_y[i] * (false ?"),
     ),
     *_in(
-        "csrc/cpu/ops.cpp",
+        "csrc/cpu/call.h",
         ("kernel_label_range", "label >= o.num_classes", "label > o.num_classes"),
         ("kernel_stride_of_labels", "y[i * labels.stride(0)]", "y[i]"),
+    ),
+    *_in(
+        "csrc/cpu/ops.cpp",
         (
             "kernel_no_rival_guard",
             "std::replace(red.begin(), red.end(), -std::numeric_limits<T>::infinity(), nothing);",

@@ -24,10 +24,14 @@ ROOT = Path(__file__).parent.parent
 # The quickest to fail first; compiling with inductor, other processes and the tests of this tool find nothing more.
 TESTS = [
     "margins",
-    "losses",
+    "forms",
     "rows",
+    "hazards",
+    "losses",
     "primitive",
     "heads",
+    "state",
+    "no_sync",
     "edges",
     "chunks",
     "invariants",

@@ -223,8 +223,9 @@ def test_only_needed_gradients(backend, frozen, monkeypatch):
     x, w, labels = inputs()
     expected = torch.autograd.grad(expected_rows(x, w, labels).mean(), (x, w))
     (x if frozen == "x" else w).requires_grad_(False)
-    needs, backward = [], fm.ops._sweep_backward
-    monkeypatch.setattr(fm.ops, "_sweep_backward", lambda *a: needs.append(Need(a[-1])) or backward(*a))
+    needs, module = [], fm.backends.BACKENDS[backend]
+    backward = module.sweep_backward
+    monkeypatch.setattr(module, "sweep_backward", lambda *a: needs.append(Need(a[-1])) or backward(*a))
     margin_cross_entropy(x, w, labels, fm.NormFace(), backend=backend).backward()
     assert needs == [Need.W if frozen == "x" else Need.X]
     got, want = (w.grad, expected[1]) if frozen == "x" else (x.grad, expected[0])
@@ -233,12 +234,13 @@ def test_only_needed_gradients(backend, frozen, monkeypatch):
 
 
 def test_no_gradient_no_work(backend):
-    """no_grad, and inputs without gradient: nothing is kept for a backward; the target's cosine only with a mask."""
+    """Nothing is kept for a backward; without a kernel for the rows, a mask takes the target's cosine first."""
     x, w, labels = inputs()
     with torch.no_grad(), Calls() as calls:
         loss = margin_cross_entropy(x, w, labels, fm.NormFace(), backend=backend)
         sv = margin_cross_entropy(x, w, labels, fm.SVSoftmax(1.2), backend=backend)
-    assert calls.names == ["sweep", "target_cosine", "sweep"]
+    by_torch = ["sweep", "target_cosine", "sweep"]
+    assert calls.names == (["sweep_loss"] * 2 if backend == "cpu" else by_torch)
     assert not loss.requires_grad
     torch.testing.assert_close(loss, expected_rows(x, w, labels).mean().detach())
     torch.testing.assert_close(sv, expected_rows(x, w, labels, oracle.Head(oracle.normface, 1.2)).mean().detach())

@@ -16,6 +16,7 @@
 namespace fused_margin {
 
 enum Want { kDx = 1, kSum = 2, kStats = 4, kDscale = 8 };  // as in fused_margin/spec.py
+enum LossReduction { kMean, kTotal, kNone };               // as in fused_margin/backends/cpu.py
 enum Need { kX = 1, kW = 2, kScale = 4, kBias = 8 };
 
 constexpr int64_t kRuleArgs = 2;       // at most

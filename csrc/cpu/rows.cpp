@@ -78,11 +78,30 @@ void finish_rows(const Problem<T>& p, const RowsIn& in, const RowsOut<T>& rows, 
   }
 }
 
+template <class T>
+void lose_rows(const Problem<T>& p, const Form<double>& target_form, const T* cos_y, const T* red,
+               const LossOut<T>& out, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; i++) {
+    const double scale = p.scale[i];
+    const bool takes_part = p.target[i] != kIgnored;
+    const Transformed<double> t = target<double>(cos_y[i], target_form);
+    const Transformed<double> l = softplus_of(double(red[i]) - scale * t.value);
+    out.loss[i] = takes_part ? T(l.value) : T(0);
+    out.by_red[i] = takes_part ? T(l.slope) : T(0);
+    out.by_cos_y[i] = takes_part ? T(-l.slope * scale * (p.unit_slope ? 1 : t.slope)) : T(0);
+    out.by_scale[i] = takes_part ? T(-l.slope * t.value) : T(0);
+  }
+}
+
 template void prepare_rows(const Problem<float>&, const RowsIn&, const RowsOut<float>&, int64_t, int64_t);
 template void prepare_rows(const Problem<double>&, const RowsIn&, const RowsOut<double>&, int64_t, int64_t);
 template void finish_rows(const Problem<float>&, const RowsIn&, const RowsOut<float>&, const BackwardIn<float>&,
                           const float*, const float*, void*, int64_t, int64_t);
 template void finish_rows(const Problem<double>&, const RowsIn&, const RowsOut<double>&, const BackwardIn<double>&,
                           const double*, const double*, void*, int64_t, int64_t);
+template void lose_rows(const Problem<float>&, const Form<double>&, const float*, const float*, const LossOut<float>&,
+                        int64_t, int64_t);
+template void lose_rows(const Problem<double>&, const Form<double>&, const double*, const double*,
+                        const LossOut<double>&, int64_t, int64_t);
 
 }  // namespace fused_margin

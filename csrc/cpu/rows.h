@@ -1,6 +1,7 @@
 // The work on single rows, B * D in all: x_hat, the target's cosine, and the gradient of x from what the sweep left.
 #pragma once
 
+#include "../margins.h"
 #include "problem.h"
 
 namespace fused_margin {
@@ -27,5 +28,16 @@ void prepare_rows(const Problem<T>& p, const RowsIn& in, const RowsOut<T>& out, 
 template <class T>
 void finish_rows(const Problem<T>& p, const RowsIn& in, const RowsOut<T>& rows, const BackwardIn<T>& g, const T* o_red,
                  const T* o_sum, void* d_x, int64_t begin, int64_t end);
+
+// The losses of rows, each [batch], and their slopes by red, by the target's cosine and by the scale.
+template <class T>
+struct LossOut {
+  T *loss, *by_red, *by_cos_y, *by_scale;
+};
+
+// Rows [begin, end): loss = log(1 + exp(red - z)) with z = scale T(cos_y), 0 in ignored rows.
+template <class T>
+void lose_rows(const Problem<T>& p, const Form<double>& target_form, const T* cos_y, const T* red,
+               const LossOut<T>& out, int64_t begin, int64_t end);
 
 }  // namespace fused_margin

@@ -1,9 +1,10 @@
-"""The C++ CPU backend: loads `_C.abi3.so`, registers its two operators' schemas, and calls them."""
+"""The C++ CPU backend: loads `_C.abi3.so`, registers its operators' schemas, and calls them."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from ..rules import CODES, REDUCTIONS
 from ..spec import Need, Spec
 
 CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")  # what FUSED_MARGIN_CPU_CAPABILITY takes, in rising order
+LOSS_REDUCTIONS = ("mean", "sum", "none")  # as csrc/cpu/problem.h numbers them
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _SPEC = (
     "int rule, bool unit_slope, int reduction, int sub_centers, bool normalize_x, bool normalize_w, bool bf16, "
@@ -24,9 +26,14 @@ _library = torch.library.Library("fused_margin_cpu", "DEF")
 _library.define(f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {_SPEC}) -> Tensor")
 _library.define(f"sweep({_INPUTS}, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
+    f"sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args, {_SPEC}, Tensor forms, "
+    "int loss_reduction) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_library.define(
     f"sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, Tensor o_red, "
     f"Tensor o_sum, {_SPEC}, int need) -> (Tensor, Tensor, Tensor, Tensor)"
 )
+_ops = torch.ops.fused_margin_cpu
 
 
 def _load() -> tuple[ctypes.CDLL | None, str]:
@@ -112,17 +119,27 @@ def _pack(spec: Spec) -> tuple[int | bool, ...]:
 
 
 def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, spec: Spec) -> Tensor:
-    return torch.ops.fused_margin_cpu.target_cosine(x, w, labels, index, *_pack(spec))
+    return _ops.target_cosine.default(x, w, labels, index, *_pack(spec))
 
 
 def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple[Tensor, ...]:
-    return torch.ops.fused_margin_cpu.sweep(x, w, labels, scale, tau, bias, index, rule_args, *_pack(spec))
+    return _ops.sweep.default(x, w, labels, scale, tau, bias, index, rule_args, *_pack(spec))
+
+
+def sweep_loss(x, w, labels, scale, rule_args, spec: Spec, forms, loss_reduction) -> tuple[Tensor, ...]:
+    reduction = LOSS_REDUCTIONS.index(loss_reduction)
+    return _ops.sweep_loss.default(x, w, labels, scale, rule_args, *_pack(spec), _numbers(tuple(forms)), reduction)
+
+
+@functools.lru_cache(maxsize=64)
+def _numbers(forms: tuple[float, ...]) -> Tensor:
+    return torch.tensor(forms, dtype=torch.float64)
 
 
 def sweep_backward(
     g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, spec, need
 ) -> tuple[Tensor, ...]:
-    d_x, d_w, d_scale, d_bias = torch.ops.fused_margin_cpu.sweep_backward(
+    d_x, d_w, d_scale, d_bias = _ops.sweep_backward.default(
         g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
         *_pack(spec), need,
     )  # fmt: skip

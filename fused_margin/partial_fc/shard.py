@@ -39,6 +39,10 @@ class RankShard(Shard):
 
     may_be_empty = True
 
+    @property
+    def whole(self) -> bool:
+        return self.ranks.world == 1 and self.index is None
+
     def count(self, w: Tensor, sub_centers: int) -> int:
         return self.layout.num_classes
 

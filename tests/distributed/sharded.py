@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 import fused_margin as fm
 
 from ..cases import Mode
-from ..loss_oracle import LOSSES
+from ..loss_table import LOSSES
 from ..test_losses import default_dtype, options, upstream
 
 _one_at_a_time = threading.Lock()  # torch's random generator is one for all threads

@@ -11,7 +11,7 @@ import fused_margin as fm
 from ..cases import FP64
 from ..conftest import require
 from ..error_rule import ErrorRule
-from ..loss_oracle import LOSSES
+from ..loss_table import LOSSES
 from ..test_losses import BATCH, CLASSES, MODES, data, dense
 from .sharded import build, part, plain, step, together
 from .threads import run_threads
