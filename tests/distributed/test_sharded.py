@@ -1,6 +1,7 @@
 """A head over ranks gives what one process gives: each loss of the table against the float64 oracle, sampled or not."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -65,14 +66,15 @@ def test_loss(name, world):
 @pytest.mark.parametrize("name, world", [*EVERY_WORLD, *OTHERS])
 def test_sampled(name, world):
     """The same with the classes of the head's own sample; the gradient has only these rows."""
-    if name in ("l-softmax", "label-smoothing"):
-        pytest.skip(f"{name}: no sparse gradient, or a smoothing that the oracle has over all classes only")
+    if name == "label-smoothing":
+        pytest.skip("the oracle smooths over all classes: see test_smoothing_over_the_sample")
+    sparse = not name.startswith("l-softmax")  # whose weights get a gradient by their norm too
     inputs = data(name, FP64, 1)
     sampling = ("stratified", "uniform", "hard")[world % 3]
-    outcomes = run(name, FP64, inputs, world, sample_rate=0.3, sampling=sampling)
+    outcomes = run(name, FP64, inputs, world, sample_rate=0.3, sampling=sampling, sparse_grad=sparse)
     chosen = torch.cat([o.swept for o in outcomes])
     swept = torch.zeros(CLASSES, dtype=torch.bool).index_fill_(0, chosen, True)
-    assert all(o.sparse for o in outcomes)
+    assert all(o.sparse == sparse for o in outcomes)
     assert BATCH <= len(chosen) == int(swept.sum())
     if world < 3:
         assert len(chosen) < CLASSES
@@ -80,6 +82,22 @@ def test_sampled(name, world):
     rows = got["d_w"].view(CLASSES, -1).any(1)
     assert not rows[~swept].any()
     compare(got, exact(name, FP64, inputs, swept=swept))
+
+
+def test_smoothing_over_the_sample():
+    inputs = x, w, labels = data("label-smoothing", FP64, 1)
+    outcomes = run("label-smoothing", FP64, inputs, 2, sample_rate=0.3)
+    chosen = torch.cat([o.swept for o in outcomes])
+    valid = labels >= 0
+    cos = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(w[chosen]).T
+    place = torch.searchsorted(chosen, labels.clamp_min(chosen[0]))
+    own = (torch.acos(cos.gather(1, place[:, None])) + 0.5).cos()
+    beyond = cos.gather(1, place[:, None]) < -math.cos(0.5)
+    own = torch.where(beyond, cos.gather(1, place[:, None]) - 0.5 * math.sin(0.5), own)
+    logits = 16 * cos.scatter(1, place[:, None], own)
+    expected = torch.nn.functional.cross_entropy(logits, place, label_smoothing=0.1, reduction="none")
+    got = torch.cat([o.loss for o in outcomes])
+    torch.testing.assert_close(got[valid], expected[valid], rtol=1e-10, atol=0)
 
 
 @pytest.mark.parametrize("name", ["arcface-linear", "sv-x-am", "magface"])
