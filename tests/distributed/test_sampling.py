@@ -1,4 +1,4 @@
-"""Samples: every target is in, the number is fixed, each other class is as likely as any, and nothing waits for a device."""
+"""Samples: every target is in, the number is fixed, other classes are equally likely, nothing waits for a device."""
 
 import pytest
 import torch
