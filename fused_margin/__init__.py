@@ -3,7 +3,7 @@
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
-from . import functional, pairs, schedules
+from . import functional, optim, pairs, schedules
 from .backends import BACKENDS, FallbackWarning, why_not
 from .check import check_margin
 from .functional import Stats, margin_cross_entropy
@@ -122,6 +122,7 @@ __all__ = [
     "functional",
     "margin_cross_entropy",
     "margins_by_count",
+    "optim",
     "pairs",
     "partial_fc",
     "safe_angle",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from . import deferred
 from .backends import BACKENDS
 from .margins.forms import Forms
 from .spec import SPEC_SCHEMA, Aux, Need, Rows, Spec, Want, acc_dtype
@@ -246,24 +247,28 @@ def _gradients(spec, upstream, inputs, asked, delivery=_AS_THEY_ARE):
         raise RuntimeError("fused_margin has first derivatives only; for second ones write the loss in plain PyTorch")
     if (asked[0] and not spec.want & Want.DX) or (asked[2] and not spec.want & Want.DSCALE):
         raise RuntimeError("the gradient of x needs Want.DX in the forward, that of scale Want.DSCALE")
-    need = sum(int(flag) for flag, wanted in zip((Need.X, Need.W, Need.SCALE, Need.BIAS), asked, strict=True) if wanted)
+    w, index = inputs[1], inputs[6]
+    parameter = deferred.home(w) if asked[1] else None  # whose optimizer runs the dW sweep itself
+    now = [wanted and (k != 1 or parameter is None) for k, wanted in enumerate(asked)]
+    need = sum(int(flag) for flag, wanted in zip((Need.X, Need.W, Need.SCALE, Need.BIAS), now, strict=True) if wanted)
     run = _run_sweep_backward if _plain(*upstream, inputs[0], inputs[1]) else _sweep_backward
     if delivery.reduce is None:
         grads = list(run(*upstream, *inputs, *spec, need))
     else:
         d_x, _, d_scale, _ = run(*upstream, *inputs, *spec, need & (Need.X | Need.SCALE))
         finish = delivery.reduce(d_x if asked[0] else None, d_scale if asked[2] else None)
-        _, d_w, _, d_bias = run(*upstream, *inputs, *spec, need & (Need.W | Need.BIAS))
+        rest = need & (Need.W | Need.BIAS)
+        _, d_w, _, d_bias = run(*upstream, *inputs, *spec, rest) if rest else (None,) * 4
         d_x, d_scale = finish()
         grads = [d_x, d_w, d_scale, d_bias]
-    w, index = inputs[1], inputs[6]
-    if asked[1] and index is not None:  # rows of a subset: zero elsewhere
-        if delivery.sparse:
-            grads[1] = torch.sparse_coo_tensor(
-                index[None], grads[1], w.shape, is_coalesced=True, check_invariants=False
-            )
-        else:
-            grads[1] = torch.zeros_like(w).index_copy(0, index, grads[1])
+    if parameter is not None:
+        x, _, labels, scale, tau, bias, _, rule_args, red, aux = inputs[:10]
+        call = deferred.Call(*upstream, x, labels, scale, tau, bias, rule_args, red, aux)
+        grads[1] = deferred.gradient(w, parameter, call, index, spec)
+    elif asked[1] and index is not None and delivery.sparse:
+        grads[1] = torch.sparse_coo_tensor(index[None], grads[1], w.shape, is_coalesced=True, check_invariants=False)
+    elif asked[1] and index is not None:  # rows of a subset: zero elsewhere
+        grads[1] = torch.zeros_like(w).index_copy(0, index, grads[1])
     return [grad if wanted else None for grad, wanted in zip(grads, asked, strict=True)]
 
 

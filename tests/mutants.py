@@ -39,6 +39,9 @@ TESTS = [
     "promises",
     "determinism",
     "parity",
+    "optim",
+    "sweep_optim",
+    "plan",
 ]
 SELECTION = [*(f"tests/test_{name}.py" for name in TESTS), "-k", "not inductor"]
 IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", "*.egg-info")

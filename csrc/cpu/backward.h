@@ -50,9 +50,10 @@ void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>&
 // dW of a tile's rows: of w_hat in `sum` until the last block of rows of x, then of w in `d_w` [rows, dim].
 template <class T>
 struct TileGradient {
-  T* sum;    // in panels, or for bf16 as d_w
-  T* d_w;    // as T
-  T* along;  // [rows] d w_hat . w_hat / |w|, 0 where the norm is a constant
+  T* sum;                                // in panels, or for bf16 as d_w
+  T* d_w;                                // as T
+  T* along;                              // [rows] d w_hat . w_hat / |w|, 0 where the norm is a constant
+  bool begun = false, last_call = true;  // of several calls, whether one is in the sum already; whether it is the last
 };
 
 // dW = (dW_hat - (dW_hat . w_hat) w_hat) / |w|
@@ -67,11 +68,11 @@ void undo_norm(const Tile<T>& t, int64_t dim, const TileGradient<T>& g) {
 
 template <class T>
 void add_gradient(const Problem<T>& p, const TileProducts& products, const PackedRows<T>& x, const Tile<T>& t,
-                  const Cosines<T>& cos, const uint16_t* narrow, const TileGradient<T>& g, Ahead& ahead) {
-  const bool last = cos.first + cos.columns == p.padded;
+                  const Cosines<T>& cos, const uint16_t* narrow, const TileGradient<T>& g, Ahead& ahead, Ahead& state) {
+  const bool last = g.last_call && cos.first + cos.columns == p.padded, begun = g.begun || cos.first;
   if constexpr (sizeof(T) == 4) {
     if (p.bf16) {
-      products.bf16(t.rows, p.dim, cos.columns, cos.columns, p.dim, p.dim, cos.first > 0, narrow,
+      products.bf16(t.rows, p.dim, cos.columns, cos.columns, p.dim, p.dim, begun, narrow,
                     x.rows16.get() + cos.first * p.dim, g.d_w, true);
       if (last) undo_norm(t, p.dim, g);
       return;
@@ -84,7 +85,8 @@ void add_gradient(const Problem<T>& p, const TileProducts& products, const Packe
     for (int64_t k = 0; k < cos.columns; k += kProductDepth) {
       const int64_t depth = std::min(kProductDepth, cos.columns - k);
       ahead.ask(48);
-      const auto start = [&](int64_t m, int v) { return k + cos.first ? load(sums + m * P + v * lanes) : Vec<T>{}; };
+      state.ask(48);
+      const auto start = [&](int64_t m, int v) { return k || begun ? load(sums + m * P + v * lanes) : Vec<T>{}; };
       const auto multiply = [&](const auto& finish) {
         multiply_strip<Summed::columns>(t.rows, depth, cos.c + k * t.rows, t.rows * P,
                                         x.rows.get() + d0 * p.padded + (cos.first + k) * P, start, finish);
@@ -137,64 +139,136 @@ void add_targets(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t,
   }
 }
 
-// One tile, all rows of x.
-template <RuleCode rule, bool extras, class T>
-void backward_task(const Problem<T>& p, const Partition& cut, int64_t number, const BackwardIn<T>& in,
-                   const BackwardOut<T>& out, const PackedRows<T>& x, const TileProducts& products) {
+// What a task does with the rows of a tile once their gradient is finished: here it is the result.
+template <class T>
+struct StoreGradient {
+  const BackwardOut<T>& out;
+  Storage storage;
+
+  bool in_place() const { return storage == (sizeof(T) == 8 ? Storage::f64 : Storage::f32); }
+  Ahead state(int64_t, int64_t) const { return {nullptr, 0}; }
+  T* place(int64_t row, int64_t dim, T* buffer) const {
+    return in_place() ? static_cast<T*>(out.d_w) + row * dim : buffer;
+  }
+  void finish(const Tile<T>& t, int64_t first, int64_t dim, T* d_w) const {
+    for (int64_t r = 0; r < t.rows && !in_place(); r++) write_row(storage, d_w + r * dim, dim, out.d_w, first + r);
+  }
+};
+
+// Or an optimizer takes its step with them, while they and the weights are in the cache: there is no other gradient.
+template <class T>
+struct UpdateWeights {
+  const RowUpdate<T>& update;
+
+  // What of the state the rows from `first` on need, to be read ahead.
+  Ahead state(int64_t first, int64_t numbers) const {
+    const bool there = update.m && !update.w.index;
+    return {there ? update.m + first : nullptr, there ? numbers * int64_t(sizeof(T)) : 0};
+  }
+  T* place(int64_t, int64_t, T* buffer) const { return buffer; }
+  void finish(const Tile<T>& t, int64_t first, int64_t dim, T* d_w) const {
+    Correction<T> correction;
+    for (int64_t r = 0; r < t.rows; r++)
+      update_row(update, first + r, dim, d_w + r * dim, const_cast<T*>(t.source[r]), correction);
+  }
+};
+
+// A call of the sweep, as the tasks of its backward need it.
+template <class T>
+struct BackwardPart {
+  using Weigh = void (*)(const Problem<T>&, const BackwardIn<T>&, const Tile<T>&, const Cosines<T>&, uint16_t*,
+                         const TileSums<T>&);
+  const Problem<T>& p;
+  const BackwardIn<T>& in;
+  PackedRows<T> x;
+  Weigh weigh;
+};
+
+template <class T>
+struct WeighBackward {
+  template <RuleCode rule, bool extras>
+  static constexpr auto pointer() {
+    return &weigh_backward<rule, extras, T>;
+  }
+};
+
+// One tile, all rows of x of all calls. d_bias: of the only call, or null. sink: null if nobody wants dW.
+template <class T, class Sink>
+void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition& cut, int64_t number, const Sink* sink,
+                   T* d_bias, const TileProducts& products) {
   using S = Scratch;
-  const int64_t rows = cut.tile_rows, n = rows * std::min(cut.block, p.padded);
-  const bool in_place = p.w.storage == (sizeof(T) == 8 ? Storage::f64 : Storage::f32);
-  S scratch(tile_room(p, rows, x.depth) + S::room<T>(n) + S::room<T>(cut.block) + S::room<uint16_t>(n) +
-            S::room<T>(rows) + 2 * S::room<Vec<T>>(rows) + S::room<T>(rows * x.depth) + S::room<T>(rows * p.dim));
-  Tile<T> tile = make_tile(p, rows, x.depth, scratch);
+  const Problem<T>& p = parts[0].p;  // of the weights, what any call says
+  const int64_t rows = cut.tile_rows, depth = parts[0].x.depth;
+  int64_t n = 0;
+  for (int64_t k = 0; k < count; k++) n = std::max(n, rows * std::min(cut.block, parts[k].p.padded));
+  S scratch(tile_room(p, rows, depth) + S::room<T>(n) + S::room<T>(cut.block) + S::room<uint16_t>(n) +
+            S::room<T>(rows) + 2 * S::room<Vec<T>>(rows) + S::room<T>(rows * depth) + S::room<T>(rows * p.dim));
+  Tile<T> tile = make_tile(p, rows, depth, scratch);
   Cosines<T> cos{scratch.take<T>(n), nullptr, scratch.take<T>(cut.block), 0, 0, 0};
   uint16_t* narrow = p.bf16 ? scratch.take<uint16_t>(n) : nullptr;
   TileGradient<T> g{nullptr, nullptr, scratch.take<T>(rows)};
   const TileSums<T> sums{scratch.take<Vec<T>>(rows), scratch.take<Vec<T>>(rows)};
-  g.sum = scratch.take<T>(rows * x.depth);
+  g.sum = scratch.take<T>(rows * depth);
 
-  load_tile(p, number, cut.tile_classes, x.depth, false, tile);
+  load_tile(p, number, cut.tile_classes, depth, false, tile);
   Ahead ahead(p, number + 1, rows);
   const int64_t first = tile.first_class * p.sub_centers;
-  g.d_w = in_place ? static_cast<T*>(out.d_w) + first * p.dim : scratch.take<T>(rows * p.dim);
+  Ahead state = sink ? sink->state(first * p.dim, tile.rows * p.dim) : Ahead(nullptr, 0);
+  if (sink) g.d_w = sink->place(first, p.dim, scratch.take<T>(rows * p.dim));
   std::fill_n(sums.along, tile.rows, Vec<T>{});
   std::fill_n(sums.d_bias, tile.rows, Vec<T>{});
-  for (int64_t block = 0; block < p.padded; block += cut.block) {
-    compute_cosines(p, products, x, tile, block, cut.block, cos);
-    weigh_backward<rule, extras>(p, in, tile, cos, narrow, sums);
-    for (int64_t r = 0; r < tile.rows; r++)
-      g.along[r] = has_slope(p, tile.inv[r]) ? lane_sum<T>(sums.along[r]) * tile.inv[r] : T(0);
-    if (out.d_w) add_gradient(p, products, x, tile, cos, narrow, g, ahead);
+  for (int64_t k = 0; k < count; k++) {
+    const BackwardPart<T>& part = parts[k];
+    if (k) load_bias(part.p, tile);
+    g.begun = k > 0;
+    g.last_call = k + 1 == count;
+    for (int64_t block = 0; block < part.p.padded; block += cut.block) {
+      compute_cosines(part.p, products, part.x, tile, block, cut.block, cos);
+      part.weigh(part.p, part.in, tile, cos, narrow, sums);
+      for (int64_t r = 0; r < tile.rows; r++)
+        g.along[r] = has_slope(p, tile.inv[r]) ? lane_sum<T>(sums.along[r]) * tile.inv[r] : T(0);
+      if (sink) add_gradient(part.p, products, part.x, tile, cos, narrow, g, ahead, state);
+    }
   }
   if (p.bf16) products.release(true);
-  for (int64_t j = 0; j < tile.classes && out.d_bias; j++) {
-    T& sum = out.d_bias[tile.first_class + j] = 0;  // no gradient where a sub-centre is not the maximum
+  for (int64_t j = 0; j < tile.classes && d_bias; j++) {
+    T& sum = d_bias[tile.first_class + j] = 0;  // no gradient where a sub-centre is not the maximum
     for (int64_t r = j * p.sub_centers; r < (j + 1) * p.sub_centers; r++) sum += lane_sum<T>(sums.d_bias[r]);
   }
-  if (!out.d_w) return;
+  if (!sink) return;
   if (!p.padded) std::fill_n(g.d_w, tile.rows * p.dim, T(0));
-  add_targets(p, in, tile, g.d_w);
-  for (int64_t r = 0; r < tile.rows && !in_place; r++)
-    write_row(p.w.storage, g.d_w + r * p.dim, p.dim, out.d_w, first + r);
+  for (int64_t k = 0; k < count; k++) add_targets(parts[k].p, parts[k].in, tile, g.d_w);
+  sink->finish(tile, first, p.dim, g.d_w);
 }
 
-template <class T>
-struct BackwardTask {
-  template <RuleCode rule, bool extras>
-  static constexpr auto pointer() {
-    return &backward_task<rule, extras, T>;
-  }
-};
+// All tiles; calls with no rows are not among several.
+template <class T, class Sink>
+void backward_tiles(const BackwardPart<T>* parts, int64_t count, const Sink* sink, T* d_bias,
+                    const TileProducts& products, const Parallel& parallel) {
+  const Partition cut = partition(parts[0].p, kBackwardBlocking);
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(4, cut.tiles / 64));  // tiles a thread takes at once
+  parallel(div_up(cut.tiles, run), [&](int64_t n) {
+    for (int64_t number = n * run; number < std::min((n + 1) * run, cut.tiles); number++)
+      backward_task(parts, count, cut, number, sink, d_bias, products);
+  });
+}
 
 template <class T>
 void backward(const Problem<T>& p, const BackwardIn<T>& in, const BackwardOut<T>& out, const TileProducts& products,
               const Parallel& parallel) {
-  const Partition cut = partition(p, kBackwardBlocking);
-  const PackedRows<T> x(p, true, parallel);
-  const auto task = choose_rule<BackwardTask<T>>(p.rule, out.d_bias != nullptr);
-  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(4, cut.tiles / 64));  // tiles a thread takes at once
-  parallel(div_up(cut.tiles, run), [&](int64_t n) {
-    for (int64_t number = n * run; number < std::min((n + 1) * run, cut.tiles); number++)
-      task(p, cut, number, in, out, x, products);
-  });
+  const BackwardPart<T> part{p, in, {p, true, parallel}, choose_rule<WeighBackward<T>>(p.rule, out.d_bias != nullptr)};
+  const StoreGradient<T> sink{out, p.w.storage};
+  backward_tiles(&part, 1, out.d_w ? &sink : nullptr, out.d_bias, products, parallel);
+}
+
+template <class T>
+void step(const BackwardCall<T>* calls, int64_t count, const RowUpdate<T>& update, const TileProducts& products,
+          const Parallel& parallel) {
+  std::vector<BackwardPart<T>> parts;
+  for (int64_t k = 0; k < count; k++) {
+    const Problem<T>& p = *calls[k].p;
+    parts.push_back({p, calls[k].in, {p, true, parallel}, choose_rule<WeighBackward<T>>(p.rule, false)});
+  }
+  const UpdateWeights<T> sink{update};
+  backward_tiles<T>(parts.data(), count, &sink, nullptr, products, parallel);
 }

@@ -1,7 +1,10 @@
 // The operators of the CPU backend on torch's stable ABI; see call.h for how their tensors are read.
 //
 // Schemas are declared in fused_margin/backends/cpu.py; autograd and fake kernels in fused_margin/ops.py.
+#include <memory>
+
 #include "call.h"
+#include "update.h"
 
 namespace fused_margin {
 namespace {
@@ -110,28 +113,44 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_loss(Tensor x, Tensor w, Tensor
 }
 
 // What comes into a backward beside the inputs of the sweep.
+struct UpstreamTensors {
+  const Tensor &g_red, &g_cos_y, &g_sum_u, &red, &aux;
+};
+
+template <class T>
 struct Upstream {
-  const Tensor &g_red, &g_cos_y, &g_sum_u, &red, &aux, &o_red, &o_sum;
+  std::vector<T> g_red, g_cos_y, g_sum_u, red, red_low;
+  std::vector<int64_t> by_target;
+  BackwardIn<T> in;
+
+  Upstream(const Call<T>& call, const UpstreamTensors& t) {
+    const Problem<T>& p = call.p;
+    const auto rows = [&](const char* name, const Tensor& v) { return read_vector<T>(name, v, p.batch, p.padded); };
+    g_red = rows("g_red", t.g_red);
+    g_cos_y = rows("g_cos_y", t.g_cos_y);
+    g_sum_u = rows("g_sum_u", t.g_sum_u);
+    red = rows("red", t.red);
+    red_low.resize(p.padded);
+    std::copy_n(t.aux.const_data_ptr<T>() + (kAuxRows - 1) * p.batch, p.batch, red_low.begin());
+    const T nothing = T(1e30);  // exp(u - red) must be 0: in a row without rivals, and in the padding
+    std::fill(red.begin() + p.batch, red.end(), nothing);
+    std::replace(red.begin(), red.end(), -std::numeric_limits<T>::infinity(), nothing);
+    by_target.resize(p.batch);
+    std::iota(by_target.begin(), by_target.end(), 0);
+    std::stable_sort(by_target.begin(), by_target.end(),
+                     [&](int64_t a, int64_t b) { return call.target_row[a] < call.target_row[b]; });
+    in = {g_red.data(),   g_cos_y.data(),         g_sum_u.data(),  red.data(),
+          red_low.data(), call.target_row.data(), by_target.data()};
+  }
 };
 
 template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& x, const Tensor& w, const Call<T>& call,
-                                                        const Upstream& up, int64_t need) {
+                                                        const UpstreamTensors& up, const Tensor& o_red,
+                                                        const Tensor& o_sum, int64_t need) {
   const Problem<T>& p = call.p;
-  const auto rows = [&](const char* name, const Tensor& t) { return read_vector<T>(name, t, p.batch, p.padded); };
-  const std::vector<T> g_red = rows("g_red", up.g_red), g_cos_y = rows("g_cos_y", up.g_cos_y),
-                       g_sum_u = rows("g_sum_u", up.g_sum_u);
-  std::vector<T> red = rows("red", up.red), red_low(p.padded);
-  std::copy_n(up.aux.const_data_ptr<T>() + 5 * p.batch, p.batch, red_low.begin());
-  const T nothing = T(1e30);  // exp(u - red) must be 0: in a row without rivals, and in the padding
-  std::fill(red.begin() + p.batch, red.end(), nothing);
-  std::replace(red.begin(), red.end(), -std::numeric_limits<T>::infinity(), nothing);
-  std::vector<int64_t> by_target(p.batch);
-  std::iota(by_target.begin(), by_target.end(), 0);
-  std::stable_sort(by_target.begin(), by_target.end(),
-                   [&](int64_t a, int64_t b) { return call.target_row[a] < call.target_row[b]; });
-  const BackwardIn<T> in{g_red.data(),   g_cos_y.data(),         g_sum_u.data(),  red.data(),
-                         red_low.data(), call.target_row.data(), by_target.data()};
+  const Upstream<T> upstream(call, up);
+  const BackwardIn<T>& in = upstream.in;
 
   const auto make = [&](bool needed, const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
     return torch::stable::new_empty(like, needed ? std::vector<int64_t>(shape) : std::vector<int64_t>{0},
@@ -144,14 +163,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& x, const T
   if (need & kX) {
     const auto pointer = [](const Tensor& o) { return o.dim() == 2 ? o.const_data_ptr<T>() : nullptr; };
     call.by_strips([&](int64_t begin, int64_t end) {
-      finish_rows(p, call.rows_in, call.rows, in, pointer(up.o_red), pointer(up.o_sum), d_x.mutable_data_ptr(), begin,
-                  end);
+      finish_rows(p, call.rows_in, call.rows, in, pointer(o_red), pointer(o_sum), d_x.mutable_data_ptr(), begin, end);
     });
   }
   if (need & kScale) {
     const T* aux = up.aux.const_data_ptr<T>();
     T* d = d_scale.mutable_data_ptr<T>();
-    for (int64_t i = 0; i < p.batch; i++) d[i] = g_red[i] * aux[3 * p.batch + i] + g_sum_u[i] * aux[4 * p.batch + i];
+    for (int64_t i = 0; i < p.batch; i++)
+      d[i] = in.g_red[i] * aux[3 * p.batch + i] + in.g_sum_u[i] * aux[4 * p.batch + i];
   }
   if (need & (kW | kBias)) {
     prefer_huge_pages(d_w);
@@ -174,9 +193,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_backward(
                   bf16, num_classes, first_class, ignore_index, want};
   return by_type(x, [&](auto type) {
     const Call<decltype(type)> call(x, w, labels, scale, tau, bias, index, rule_args, o);
-    return run_backward(x, w, call, {g_red, g_cos_y, g_sum_u, red, aux, o_red, o_sum}, need);
+    return run_backward(x, w, call, {g_red, g_cos_y, g_sum_u, red, aux}, o_red, o_sum, need);
   });
 }
+
+#include "step.h"
 
 }  // namespace
 }  // namespace fused_margin
@@ -186,4 +207,6 @@ STABLE_TORCH_LIBRARY_IMPL(fused_margin_cpu, CPU, m) {
   m.impl("sweep", TORCH_BOX(&fused_margin::sweep));
   m.impl("sweep_loss", TORCH_BOX(&fused_margin::sweep_loss));
   m.impl("sweep_backward", TORCH_BOX(&fused_margin::sweep_backward));
+  m.impl("sweep_step", TORCH_BOX(&fused_margin::sweep_step));
+  m.impl("update_rows", TORCH_BOX(&fused_margin::update_rows));
 }

@@ -73,6 +73,16 @@ struct BackwardIn {
   const int64_t* by_target;            // [batch] row numbers in rising order of (target_row, row number)
 };
 
+// One call of the sweep with what comes into its backward. Several with the same weights make one step of an optimizer.
+template <class T>
+struct BackwardCall {
+  const Problem<T>* p;
+  BackwardIn<T> in;
+};
+
+template <class T>
+struct RowUpdate;  // update.h
+
 template <class T>
 struct BackwardOut {
   void* d_w;  // [classes * sub_centers, dim] of the storage type of w, or null
@@ -136,6 +146,12 @@ struct Kernels {
                        const Parallel&);
   void (*backward_f64)(const Problem<double>&, const BackwardIn<double>&, const BackwardOut<double>&,
                        const TileProducts&, const Parallel&);
+  void (*step_f32)(const BackwardCall<float>* calls, int64_t count, const RowUpdate<float>&, const TileProducts&,
+                   const Parallel&);
+  void (*step_f64)(const BackwardCall<double>* calls, int64_t count, const RowUpdate<double>&, const TileProducts&,
+                   const Parallel&);
+  void (*update_f32)(const RowUpdate<float>&, const Weights& grad, int64_t rows, int64_t dim, const Parallel&);
+  void (*update_f64)(const RowUpdate<double>&, const Weights& grad, int64_t rows, int64_t dim, const Parallel&);
   void (*multiply_f32)(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c);  // all in panels
 };
 

@@ -190,6 +190,8 @@ class Ahead {
     next_ = static_cast<const char*>(p.w.data) + first * p.dim * size;
     end_ = next_ + rows * p.dim * size;
   }
+  Ahead(const void* begin, int64_t bytes) : next_(static_cast<const char*>(begin)), end_(next_ + bytes) {}
+
   FM_INLINE void ask(int64_t lines) {
     for (; lines > 0 && next_ < end_; lines--, next_ += 64) __builtin_prefetch(next_, 0, 2);
   }
@@ -197,6 +199,11 @@ class Ahead {
  private:
   const char *next_ = nullptr, *end_ = nullptr;
 };
+
+template <class T>
+void load_bias(const Problem<T>& p, Tile<T>& t) {
+  for (int64_t r = 0; r < t.rows; r++) t.bias[r] = p.bias ? p.bias[t.first_class + r / p.sub_centers] : T(0);
+}
 
 template <class T>
 void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, int64_t depth, bool pairs, Tile<T>& t) {
@@ -208,9 +215,9 @@ void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, int64_
     t.inv[r] = p.normalize_w ? inverse_norm(t.source[r], p.dim) : T(1);
     t.ones[r] = 1;
     t.label[r] = T(r / p.sub_centers);
-    t.bias[r] = p.bias ? p.bias[t.first_class + r / p.sub_centers] : T(0);
     if (!p.bf16) pack_row(t.source[r], p.dim, t.rows, t.panels + r * kPanel<T>);
   }
+  load_bias(p, t);
   if (p.bf16) convert_tile(p, depth, pairs, t);
 }
 

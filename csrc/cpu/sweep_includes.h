@@ -9,9 +9,11 @@
 #include <memory>
 #include <new>
 #include <numeric>
+#include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
 
 #include "problem.h"
 #include "storage.h"
+#include "update.h"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..rules import CODES, REDUCTIONS
 from ..spec import Need, Spec
+from ..update_rules import OPTIMIZERS, State, Update
 
 CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")  # what FUSED_MARGIN_CPU_CAPABILITY takes, in rising order
 LOSS_REDUCTIONS = ("mean", "sum", "none")  # as csrc/cpu/problem.h numbers them
@@ -32,6 +33,17 @@ _library.define(
 _library.define(
     f"sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, Tensor o_red, "
     f"Tensor o_sum, {_SPEC}, int need) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+_STATE = "Tensor(a!) w, Tensor(b!)? m, Tensor(c!)? v, Tensor(d!)? step, Tensor? index"
+_UPDATE = (
+    "int optimizer, float lr, float weight_decay, float momentum, float dampening, bool nesterov, float beta1, "
+    "float beta2, float eps"
+)
+_library.define(f"update_rows({_STATE}, Tensor grad, {_UPDATE}) -> ()")
+_library.define(
+    f"sweep_step({_STATE}, Tensor[] g_red, Tensor[] g_cos_y, Tensor[] g_sum_u, Tensor[] x, Tensor[] labels, "
+    f"Tensor[] scale, Tensor[] tau, Tensor[] bias, Tensor[] rule_args, Tensor[] red, Tensor[] aux, {_SPEC}, {_UPDATE}) "
+    "-> ()"
 )
 _ops = torch.ops.fused_margin_cpu
 
@@ -146,3 +158,13 @@ def sweep_backward(
     if need & Need.BIAS:
         d_bias = d_bias.to(bias.dtype)
     return d_x, d_w, d_scale.to(scale.dtype) if need & Need.SCALE else d_scale, d_bias
+
+
+def update_rows(w: Tensor, state: State, index: Tensor | None, grad: Tensor, update: Update) -> None:
+    fields = OPTIMIZERS[update.optimizer], *update[1:]
+    torch.ops.fused_margin_cpu.update_rows(w, *state, index, grad, *fields)
+
+
+def sweep_step(w: Tensor, state: State, index: Tensor | None, lists, spec: Spec, update: Update) -> None:
+    fields = OPTIMIZERS[update.optimizer], *update[1:]
+    torch.ops.fused_margin_cpu.sweep_step(w, *state, index, *lists, *_pack(spec), *fields)

@@ -1,0 +1,188 @@
+"""`python -m bench.optim`: a training step of the head with its optimizer, SweepSGD beside the dense gradient and
+torch.optim.SGD; and the step alone on sampled rows, RowSGD beside the same in torch's operators. Parity first.
+
+Methods take turns, each on the same weight and momentum; memory is the peak of a step, in a process of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import fused_margin as fm
+
+from . import ROOT, results
+from .stats import paired, spread
+from .timing import timed
+
+MOMENTUM = {"lr": 0.1, "momentum": 0.9}
+
+
+class Training:
+    """One weight with its momentum, and a batch; each method takes a step on them."""
+
+    def __init__(self, classes: int, dim: int, batch: int, rate: float, dtype: torch.dtype = torch.float32) -> None:
+        g = torch.Generator().manual_seed(0)
+        self.w = nn.Parameter(torch.empty(classes, dim, dtype=dtype).normal_(std=0.01, generator=g))
+        self.m = torch.zeros_like(self.w)
+        self.x = torch.randn(batch, dim, generator=g, dtype=dtype).requires_grad_()
+        self.labels = torch.randint(classes, (batch,), generator=g)
+        self.rows = torch.randperm(classes, generator=g)[: max(1, int(rate * classes))].sort().values
+        self.values = torch.randn(len(self.rows), dim, generator=g, dtype=dtype)
+
+    def _head(self, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.state[self.w]["momentum_buffer"] = self.m
+        fm.margin_cross_entropy(self.x, self.w, self.labels, fm.ArcFace(0.5), backend="cpu").backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        self.x.grad = None
+
+    def dense(self) -> None:
+        self._head(torch.optim.SGD([self.w], foreach=True, **MOMENTUM))
+
+    def sweep(self) -> None:
+        self._head(fm.optim.SweepSGD([self.w], **MOMENTUM))
+
+    def rows_fused(self) -> None:
+        optimizer = fm.optim.RowSGD([self.w], **MOMENTUM)
+        optimizer.state[self.w]["momentum_buffer"] = self.m
+        self.w.grad = torch.sparse_coo_tensor(
+            self.rows[None], self.values, self.w.shape, is_coalesced=True, check_invariants=False
+        )
+        optimizer.step()
+        self.w.grad = None
+
+    @torch.no_grad()
+    def rows_torch(self) -> None:
+        m = self.m.index_select(0, self.rows).mul_(MOMENTUM["momentum"]).add_(self.values)
+        self.m.index_copy_(0, self.rows, m)
+        self.w.index_add_(0, self.rows, m, alpha=-MOMENTUM["lr"])
+
+
+PAIRS = {  # the method, and what it is compared with
+    "step": ("SweepSGD", Training.sweep, "dense gradient + torch.optim.SGD(foreach)", Training.dense),
+    "rows": ("RowSGD on sampled rows", Training.rows_fused, "index_select, index_copy, index_add", Training.rows_torch),
+}
+
+
+def parity(kind: str) -> float:
+    """The largest difference of the weights after three steps in float64, relative to how far they have gone."""
+    ends = []
+    for work in (PAIRS[kind][1], PAIRS[kind][3]):
+        training = Training(300, 40, 33, 0.1, torch.float64)
+        start = training.w.detach().clone()
+        for _ in range(3):
+            work(training)
+        ends.append(training.w.detach() - start)
+    return float((ends[0] - ends[1]).abs().max() / ends[1].abs().max())
+
+
+def times(training: Training, kind: str, rounds: int) -> tuple[list[float], list[float]]:
+    """Seconds of each round of the method and of what it is compared with, in turns; before each an untimed step."""
+    found: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds):
+        for seconds, work in zip(found, (PAIRS[kind][1], PAIRS[kind][3]), strict=True):
+            work(training)
+            seconds.append(timed(lambda work=work: work(training), "cpu"))
+    return found
+
+
+def _status(key: str) -> int:
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
+
+
+def peak(work: Callable[[Training], None], size: tuple[int, int, int], rate: float) -> int:
+    """Bytes of the second step beyond what was there before it: weights, momentum, batch."""
+    work(Training(1000, size[1], size[2], rate))
+    training = Training(*size, rate)
+    work(training)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    work(training)
+    return _status("VmHWM") - before
+
+
+def peak_elsewhere(kind: str, place: int, size: tuple[int, int, int], rate: float, threads: int) -> int:
+    job = json.dumps([kind, place, size, rate, threads])
+    run = subprocess.run([sys.executable, "-m", "bench.optim", "--job", job], cwd=ROOT, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"the process that measures memory failed: {run.stderr[-500:]}")
+    return int(run.stdout)
+
+
+def measure(kind: str, size: tuple[int, int, int], args: argparse.Namespace) -> list[dict[str, object]]:
+    error = parity(kind)
+    if not error < 1e-10:
+        raise RuntimeError(f"{PAIRS[kind][0]} differs from {PAIRS[kind][2]} by {error:.1e}; no times before they agree")
+    peaks = [peak_elsewhere(kind, place, size, args.sample_rate, args.threads) for place in (1, 3)]
+    mine, theirs = times(Training(*size, args.sample_rate), kind, args.rounds)
+    ratio = paired(theirs, mine)
+    rows = []
+    for name, seconds, memory, times_as_fast in (
+        (PAIRS[kind][2], theirs, peaks[1], None),
+        (PAIRS[kind][0], mine, peaks[0], ratio.median),
+    ):
+        time = spread(seconds)
+        rows.append(
+            {
+                "batch": size[2],
+                "classes": size[0],
+                "dim": size[1],
+                "method": name,
+                "median_s": round(time.median, 5),
+                "p20_s": round(time.p20, 5),
+                "p80_s": round(time.p80, 5),
+                "peak_mb": round(memory / 1e6),
+                "times_as_fast": times_as_fast and round(times_as_fast, 2),
+                "error": f"{error:.0e}",
+            }
+        )
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.optim", description=__doc__)
+    parser.add_argument("--classes", type=lambda t: int(float(t)), nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--sample-rate", type=float, default=0.1, help="of RowSGD's rows (%(default)s)")
+    parser.add_argument("--only", choices=PAIRS, nargs="+", default=list(PAIRS))
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
+    parser.add_argument("--output", type=Path, help="a CSV beside the table")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.job:
+        kind, place, size, rate, threads = json.loads(args.job)
+        torch.set_num_threads(threads)
+        print(peak(PAIRS[kind][place], tuple(size), rate))
+        return 0
+    torch.set_num_threads(args.threads)
+    header = results.machine("cpu", args.threads)
+    print("; ".join(f"{name}: {value}" for name, value in header.items()))
+    rows = []
+    for classes in args.classes:
+        for kind in args.only:
+            rows += measure(kind, (classes, args.dim, args.batch), args)
+            for row in rows[-2:]:
+                print("  ".join(f"{name} {value}" for name, value in row.items() if value is not None), flush=True)
+    if args.output:
+        with args.output.open("w", newline="") as file:
+            file.writelines(f"# {name}: {value}\n" for name, value in header.items())
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
