@@ -1,5 +1,6 @@
 """fused_margin: the margin-softmax head in one sweep over the class weights."""
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional, optim, pairs, schedules
@@ -58,6 +59,15 @@ try:
 except PackageNotFoundError:  # run from a source tree that was not installed
     __version__ = "unknown"
 
+
+def __getattr__(name: str) -> object:
+    """PartialFC on first use: torch.distributed takes most of a second to import, and is not in every torch."""
+    if name in ("PartialFC", "partial_fc"):
+        module = import_module(".partial_fc", __name__)
+        return module if name == "partial_fc" else module.PartialFC
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __all__ = [
     "BACKENDS",
     "AdaCos",
@@ -92,6 +102,7 @@ __all__ = [
     "Outcome",
     "Outliers",
     "P2SGrad",
+    "PartialFC",
     "PerClass",
     "PerSample",
     "QAMFace",
@@ -113,6 +124,7 @@ __all__ = [
     "margins_by_count",
     "optim",
     "pairs",
+    "partial_fc",
     "safe_angle",
     "safe_sine",
     "schedules",

@@ -18,6 +18,7 @@ from .margins.forms import Forms, forms_of
 from .rows import Mining
 from .rules import IDENTITY, RULES
 from .scales import ScaleRule
+from .shard import ALL_CLASSES, Shard
 from .spec import EPS, Aux, Rows, Spec, Want, acc_dtype
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -54,6 +55,7 @@ def margin_cross_entropy(
     compute_dtype: torch.dtype | None = None,
     backend: str | None = None,
     return_stats: bool = False,
+    shard: Shard = ALL_CLASSES,
 ) -> Tensor | tuple[Tensor, Stats]:
     """Softmax cross-entropy with a margin on the target, without a tensor of batch x classes.
 
@@ -90,6 +92,7 @@ def margin_cross_entropy(
             backend computes float16 operands in float32.
         backend: "cpu", "reference", or None: the first one that can run this input.
         return_stats: also return `Stats`, from the same sweep.
+        shard: what `fm.PartialFC` passes, whose `weight` and `bias` hold some of the classes only.
 
     Returns:
         The loss, float32 (float64 for float64 embeddings): 0-dim, or [B] with reduction "none"; with `return_stats`
@@ -99,7 +102,7 @@ def margin_cross_entropy(
         TypeError, ValueError: what was got, what is expected, what to do. RuntimeError: a label out of range.
     """
     margin = as_margin(margin)
-    _check(embeddings, weight, labels, bias, sub_centers)
+    _check(embeddings, weight, labels, bias, sub_centers, shard)
     _check_margin(margin, normalize_embeddings, normalize_weight, bias, sub_centers)
     rows.check_reduction(reduction)
     check_scale(scale)
@@ -114,11 +117,11 @@ def margin_cross_entropy(
         normalize_x=normalize_embeddings,
         normalize_w=normalize_weight,
         compute_dtype=_compute_dtype(compute_dtype, embeddings),
-        num_classes=weight.shape[0] // sub_centers,
+        num_classes=shard.count(weight, sub_centers),
         ignore_index=ignore_index,
     )
     spec = spec._replace(backend=choose(backend, embeddings, weight, spec))
-    head = _Inputs(embeddings, weight, labels.long(), spec)
+    head = _Inputs(embeddings, weight, labels.long(), spec, shard)
     extras = rows.Extras(reduction, label_smoothing, mining, sample_weight, class_weight)
     forms = _forms(head, margin, scale, bias, extras)
     if forms is not None:
@@ -135,6 +138,7 @@ class _Inputs(NamedTuple):
     w: Tensor
     labels: Tensor  # int64
     spec: Spec
+    shard: Shard
 
     @property
     def valid(self) -> Tensor:
@@ -147,6 +151,7 @@ def _forms(
 ) -> Forms | None:
     """What the backend's own kernel for the work on [B] needs; None where PyTorch does that work."""
     plain = bias is None and not extras.smoothing and not isinstance(scale, (str, ScaleRule))
+    plain = plain and head.shard.whole
     return forms_of(margin) if plain and hasattr(BACKENDS[head.spec.backend], "sweep_loss") else None
 
 
@@ -154,7 +159,7 @@ def _by_kernel(
     head: _Inputs, margin: Margin, forms: Forms, scale: RowParameter, extras: rows.Extras, stats: bool
 ) -> tuple[Tensor, Stats | None]:
     """The loss, of a margin that kernels know: everything up to the rows' losses is one operator."""
-    x, w, labels, spec = head
+    x, w, labels, spec, _ = head
     s = row_scale(scale, x, labels, spec.num_classes)
     spec = spec._replace(want=_want(x, s, stats, margin, extras.smoothing))
     reduction = "none" if extras.weigh else extras.reduction
@@ -177,31 +182,31 @@ def _by_torch(
     return_stats: bool,
 ) -> tuple[Tensor, Stats | None]:
     """The loss, of any margin: the work on [B] is PyTorch's, slopes are autograd's."""
-    x, _, labels, spec = head
+    x, _, labels, spec, shard = head
     found = _row_stats(head, margin, scale)
     margin = margin.prepare(found, labels)
     s = _scale_at_rows(head, scale, found)
     extra_bias = margin.bias()
-    bias = bias if extra_bias is None else extra_bias.expand(spec.num_classes).contiguous()
+    bias = bias if extra_bias is None else shard.part(extra_bias, spec.num_classes)
     spec = spec._replace(rule=margin.rule().name, want=_want(x, s, return_stats, margin, extras.smoothing))
     out, margin, stats = _sweep(head._replace(spec=spec), margin, s, bias, found, return_stats)
-    loss = rows.smoothed(margin.row_loss(out), out, extras.smoothing, spec.num_classes) + margin.penalty()
+    loss = rows.smoothed(margin.row_loss(out), out, extras.smoothing, shard.swept(spec)) + margin.penalty()
     return rows.reduced(loss, labels, head.valid, spec.num_classes, extras), stats
 
 
 def _row_stats(head: _Inputs, margin: Margin, scale: RowParameter | str | ScaleRule) -> RowStats:
     """What the margin and the scale need to know before the sweep."""
-    x, w, labels, spec = head
+    x, w, labels, spec, shard = head
     acc, valid = acc_dtype(x), head.valid
     of_scale = scale.needs if isinstance(scale, ScaleRule) else ("norm",) if isinstance(scale, str) else ()
     needs = {*margin.needs, *of_scale}
     cos_y = norm = weight_norm = None
     if "cos_y" in needs or RULES[spec.rule].needs_tau:
-        cos_y = ops.target_cosine(x, w, labels, None, spec)
+        cos_y = shard.target_cosine(x, w, labels, spec)
     if "norm" in needs:
         norm = torch.linalg.vector_norm(torch.where(valid[:, None], x, 0), dim=1, dtype=acc)
     if "weight_norm" in needs:
-        weight_norm = torch.linalg.vector_norm(w[torch.where(valid, labels, 0)], dim=1, dtype=acc)
+        weight_norm = shard.weight_norm(w, labels, valid, acc)
     return RowStats(valid, spec.num_classes, acc, cos_y, norm, weight_norm)
 
 
@@ -214,7 +219,8 @@ def _scale_at_rows(head: _Inputs, scale: RowParameter | str | ScaleRule, found: 
             plain = head.spec._replace(rule="identity", reduction="logsumexp", want=Want.NONE)
             args = IDENTITY.tensor(head.x)
             with torch.no_grad():
-                return ops.sweep(head.x, head.w, head.labels, s.expand(len(head.x)), None, None, None, args, plain)[0]
+                s = s.expand(len(head.x))
+                return head.shard.sweep(head.x, head.w, head.labels, s, None, None, args, plain)[0]
 
         return scale.prepare(found, rivals).expand(len(head.x))
     if isinstance(scale, str):
@@ -226,12 +232,12 @@ def _sweep(
     head: _Inputs, margin: Margin, scale: Tensor, bias: Tensor | None, found: RowStats, stats: bool
 ) -> tuple[Outcome, Margin, Stats | None]:
     """The sweep itself, and the target's logit; also the margin as its rows have it."""
-    x, w, labels, spec = head
+    x, w, labels, spec, shard = head
     rule, at_rows, tau = margin.rule(), margin.at(labels, spec.num_classes, found.dtype), None
     if RULES[rule.name].needs_tau:
         with torch.no_grad():
             tau = at_rows.threshold(found.cos_y.clone())  # it may be a user's, and work in place
-    red, cos_y, sum_u, aux = ops.sweep(x, w, labels, scale, tau, bias, None, rule.tensor(x), spec)
+    red, cos_y, sum_u, aux = shard.sweep(x, w, labels, scale, tau, bias, rule.tensor(x), spec)
     aux = Aux(*aux)
     if "hard_mean" in margin.needs:
         at_rows = at_rows.after(aux.masked_sum / aux.masked_count.clamp_min(1))
@@ -239,7 +245,7 @@ def _sweep(
     z = scale * _checked_target(at_rows.transform(c), cos_y).to(found.dtype)
     own = 0.0
     if bias is not None:
-        own = bias.to(found.dtype)[torch.where(head.valid, labels, 0)]
+        own = shard.at_rows(bias, labels, head.valid).to(found.dtype)
         z = z + own
     out = Outcome(scale, z, red, sum_u)
     return out, at_rows, _stats(head, out, aux, cos_y, own) if stats else None
@@ -315,7 +321,14 @@ def _check_margin(margin: Margin, normalize_x: bool, normalize_w: bool, bias: Te
         raise ValueError(f"{name} has a bias of its own; expected bias=None")
 
 
-def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None, sub_centers: int = 1) -> None:
+def _check(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    sub_centers: int = 1,
+    shard: Shard = ALL_CLASSES,
+) -> None:
     for name, t in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}; expected a tensor, as torch.as_tensor({name}) gives")
@@ -332,7 +345,7 @@ def _check(embeddings: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | No
             f"embeddings {list(embeddings.shape)} and weight {list(weight.shape)} differ in their last dimension; "
             f"expected [B, D] and [C, D]{hint}"
         )
-    if not weight.shape[0] or not weight.shape[1]:
+    if not (weight.shape[0] or shard.may_be_empty) or not weight.shape[1]:
         raise ValueError(f"weight has shape {list(weight.shape)}; expected at least one class and one dimension")
     if (embeddings.dtype == torch.float64) != (weight.dtype == torch.float64):
         raise TypeError(

@@ -78,8 +78,7 @@ class MarginHead(nn.Module):
             raise ValueError(
                 f"backend={backend!r} cannot run: {', '.join(why_not(backend))}; have {', '.join(BACKENDS)}"
             )
-        self.weight = nn.Parameter(torch.empty(num_classes * sub_centers, embedding_size, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(num_classes, device=device, dtype=dtype)) if bias else None
+        self._make_weight(bias, {"device": device, "dtype": dtype})
         functional.check_scale(scale)
         if isinstance(scale, (PerClass, PerSample)) or (isinstance(scale, Tensor) and scale.dim()):
             raise ValueError("a head has one scale for all; for others call functional.margin_cross_entropy")
@@ -99,6 +98,11 @@ class MarginHead(nn.Module):
         for name, tensor in held.items():
             self._hold(self._margin_tensors[name], tensor)
         self.reset_parameters()
+
+    def _make_weight(self, bias: bool, options: dict) -> None:
+        rows = self.num_classes * self.sub_centers
+        self.weight = nn.Parameter(torch.empty(rows, self.embedding_size, **options))
+        self.bias = nn.Parameter(torch.zeros(self.num_classes, **options)) if bias else None
 
     def _hold(self, name: str, tensor: Tensor | None) -> None:
         """A parameter stays one, another tensor becomes a buffer; both on the weight's device."""

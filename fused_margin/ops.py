@@ -8,6 +8,9 @@ red, cos_y and sum_u are differentiable; o_red and o_sum [B, D] are what the bac
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -47,6 +50,20 @@ def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, sp
     return _target_cosine(x.detach(), w.detach(), labels, index, *spec)
 
 
+@dataclass(frozen=True, eq=False)
+class Delivery:
+    """How the gradients of a sweep leave, where that is not as tensors of the inputs' shapes."""
+
+    sparse: bool = False  # that of w as the rows of `index`, in a coalesced sparse tensor
+    rows: Tensor | None = None  # what gets a gradient in the place of x, which other shards sweep too
+    # Starts the sums of d_x and d_scale (None: not asked for) over the shards, before the sweep that makes d_w; what it
+    # returns waits for them, and gives the gradients of `rows` and scale.
+    reduce: Callable[[Tensor | None, Tensor | None], Callable[[], tuple[Tensor | None, Tensor | None]]] | None = None
+
+
+_AS_THEY_ARE = Delivery()
+
+
 def sweep(
     x: Tensor,
     w: Tensor,
@@ -57,9 +74,13 @@ def sweep(
     index: Tensor | None,
     rule_args: Tensor,
     spec: Spec,
+    delivery: Delivery = _AS_THEY_ARE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(red, cos_y, sum_u [B], aux [6, B]) of one sweep; see the head of this file and `Spec`."""
-    return _sweep(x, w, labels, scale, tau, bias, index, rule_args, *spec)[:4]
+    args = (x, w, labels, scale, tau, bias, index, rule_args, *spec)
+    if delivery is not _AS_THEY_ARE and _asks_for_gradients(*args, delivery.rows):
+        return _Sweep.apply(*args, delivery, delivery.rows)[:4]
+    return _sweep(*args)[:4]
 
 
 def sweep_loss(
@@ -162,6 +183,7 @@ class _Sweep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
+        *args, ctx.delivery, _ = args
         with torch._C._AutoDispatchBelowAutograd():
             output = _sweep(*args)
         red, _, _, aux, o_red, o_sum = output
@@ -199,20 +221,27 @@ class _SweepLoss(torch.autograd.Function):
         return (d_x, d_w, None, d_scale, *(None for _ in range(len(Spec._fields) + 3)))
 
 
+def _asks_for_gradients(*args):
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+
+
 def _sweep_autograd(*args):
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in args[:_NUM_INPUTS]):
-        return _Sweep.apply(*args)
+    if _asks_for_gradients(*args[:_NUM_INPUTS]):
+        return _Sweep.apply(*args, _AS_THEY_ARE, None)
     with torch._C._AutoDispatchBelowAutograd():
         return _sweep(*args)
 
 
 def _backward(ctx, g_red, g_cos_y, g_sum_u):
-    asked = [ctx.needs_input_grad[i] for i in (0, 1, 3, 5)]
-    d_x, d_w, d_scale, d_bias = _gradients(ctx.spec, (g_red, g_cos_y, g_sum_u), ctx.saved_tensors, asked)
-    return (d_x, d_w, None, d_scale, None, d_bias, None, None, *(None for _ in Spec._fields))
+    of_rows = ctx.needs_input_grad[-1]
+    asked = [ctx.needs_input_grad[i] or (i == 0 and of_rows) for i in (0, 1, 3, 5)]
+    upstream = (g_red, g_cos_y, g_sum_u)
+    d_x, d_w, d_scale, d_bias = _gradients(ctx.spec, upstream, ctx.saved_tensors, asked, ctx.delivery)
+    d_rows, d_x = (d_x, None) if of_rows else (None, d_x)
+    return (d_x, d_w, None, d_scale, None, d_bias, None, None, *(None for _ in Spec._fields), None, d_rows)
 
 
-def _gradients(spec, upstream, inputs, asked):
+def _gradients(spec, upstream, inputs, asked, delivery=_AS_THEY_ARE):
     """Those asked for of x, w, scale and bias, None in place of the others."""
     if torch.is_grad_enabled():  # create_graph=True: what comes out would pass for a constant
         raise RuntimeError("fused_margin has first derivatives only; for second ones write the loss in plain PyTorch")
@@ -223,11 +252,21 @@ def _gradients(spec, upstream, inputs, asked):
     now = [wanted and (k != 1 or parameter is None) for k, wanted in enumerate(asked)]
     need = sum(int(flag) for flag, wanted in zip((Need.X, Need.W, Need.SCALE, Need.BIAS), now, strict=True) if wanted)
     run = _run_sweep_backward if _plain(*upstream, inputs[0], inputs[1]) else _sweep_backward
-    grads = list(run(*upstream, *inputs, *spec, need))
+    if delivery.reduce is None:
+        grads = list(run(*upstream, *inputs, *spec, need))
+    else:
+        d_x, _, d_scale, _ = run(*upstream, *inputs, *spec, need & (Need.X | Need.SCALE))
+        finish = delivery.reduce(d_x if asked[0] else None, d_scale if asked[2] else None)
+        rest = need & (Need.W | Need.BIAS)
+        _, d_w, _, d_bias = run(*upstream, *inputs, *spec, rest) if rest else (None,) * 4
+        d_x, d_scale = finish()
+        grads = [d_x, d_w, d_scale, d_bias]
     if parameter is not None:
         x, _, labels, scale, tau, bias, _, rule_args, red, aux = inputs[:10]
         call = deferred.Call(*upstream, x, labels, scale, tau, bias, rule_args, red, aux)
         grads[1] = deferred.gradient(w, parameter, call, index, spec)
+    elif asked[1] and index is not None and delivery.sparse:
+        grads[1] = torch.sparse_coo_tensor(index[None], grads[1], w.shape, is_coalesced=True, check_invariants=False)
     elif asked[1] and index is not None:  # rows of a subset: zero elsewhere
         grads[1] = torch.zeros_like(w).index_copy(0, index, grads[1])
     return [grad if wanted else None for grad, wanted in zip(grads, asked, strict=True)]

@@ -326,6 +326,115 @@ MUTANTS = [
         ("kernel_last_columns_zero", "k < dim ? row[k] : T(0)", "T(0)"),
         ("kernel_padding_not_zero", "k < dim ? row[k] : T(0)", "k < dim ? row[k] : T(1)"),
     ),
+    *_in(
+        "fused_margin/partial_fc/ranks.py",
+        ("shards_share_forgotten", "g_red if ctx.share is None else g_red * ctx.share", "g_red"),
+        ("shards_merge_of_nothing", "torch.where(top[0] == -torch.inf, 0, top[0])", "top[0]"),
+        (
+            "shards_softplus_merged_by_exp",
+            "parts[1] = torch.exp(red - floor) if softmax else red",
+            "parts[1] = torch.exp(red - floor)",
+        ),
+        ("shards_rows_of_another_rank", "g[ctx.start : ctx.start + ctx.shape[0]]", "g[: ctx.shape[0]]"),
+        ("shards_ddp_not_undone", "return g * ctx.factor, None", "return g, None"),
+        (
+            "shards_bias_not_summed",
+            "return ctx.ranks.reduce_(g.clone(memory_format=torch.contiguous_format))(), None",
+            "return g, None",
+        ),
+    ),
+    *_in(
+        "fused_margin/partial_fc/batch.py",
+        (
+            "shards_ragged_rows",
+            "torch.cat([part[:n] for part, n in zip(parts, sizes, strict=True)])",
+            "parts.flatten(0, 1)[: sum(sizes)]",
+        ),
+        (
+            "shards_filled_rows_count",
+            "columns = [_filled(labels, most, ignore_index)]",
+            "columns = [_filled(labels, most, 0)]",
+        ),
+        ("shards_unlike_ranks", "if len(set(values)) > 1:", "if False:"),
+    ),
+    *_in(
+        "fused_margin/partial_fc/shard.py",
+        ("shards_sum_in_16_bits", "x = x.detach().to(acc_dtype(x))", "x = x.detach()"),
+        ("shards_bias_of_other_classes", "bias = bias[self.index]", "bias = bias[: len(self.index)]"),
+        ("shards_scale_not_summed", "self.ranks.reduce_(d_scale.clone(), wait=False)", "(lambda: d_scale)"),
+        ("shards_own_target_only", "return self.ranks.reduce_(found)()", "return found"),
+        ("shards_statistics_lost", "count, total = sums if stats", "count, total = sums * 0 if stats"),
+        ("shards_centres_by_class", "self.index[:, None] * k + torch", "self.index[:, None] + torch"),
+    ),
+    *_in(
+        "fused_margin/partial_fc/layout.py",
+        (
+            "shards_floor_split",
+            "return -(-self.num_classes // self.world)",
+            "return max(self.num_classes // self.world, 1)",
+        ),
+        ("shards_disagree", "if not all_equal(values):", "if False:"),
+        ("shards_centres_of_a_sparse_row", "classes = g._indices()[:, ::k] // k", "classes = g._indices()[:, ::k]"),
+    ),
+    *_in(
+        "fused_margin/partial_fc/sampling.py",
+        ("sample_too_small", "max(math.ceil(rate * rows), batch)", "math.ceil(rate * rows)"),
+        ("sample_target_twice", "first[1:] = targets[1:] != targets[:-1]", "first[1:] = True"),
+        ("sample_no_draw_given_up", "extra = (held - 1).clamp_min(0).sum()", "extra = 0 * held.sum()"),
+        ("sample_same_block_gives_up", "(draw[-1] * free_count).long()) % free", "0) % free"),
+        ("sample_first_of_the_block", "(draw[:-1] * length).long()", "(draw[:-1] * 0).long()"),
+        ("sample_without_targets", "score[targets] = torch.inf", "score[targets] += 0"),
+    ),
+    *_in(
+        "fused_margin/partial_fc/head.py",
+        ("sample_in_eval", "sampled = self.training and self.sample_rate < 1", "sampled = self.sample_rate < 1"),
+        (
+            "sample_the_same_each_step",
+            "mixed(self.seed, _SAMPLE, self.step, self.layout.rank)",
+            "mixed(self.seed, _SAMPLE, self.layout.rank)",
+        ),
+        ("shards_draw_apart", "torch.manual_seed(mixed(self.seed, _MARGIN, self.step))", "pass"),
+        ("shards_drawn_parameters_differ", "if name not in self.sharded_names:", "if False:"),
+        ("shards_weights_by_rank", "begin = block * _INIT_ROWS", "begin = block * _INIT_ROWS + 1"),
+        ("sample_state_forgotten", "self.seed, self.step = (int(value) for value in sampler)", "pass"),
+        ("sparse_not_marked", "weight.grad._coalesced_(True)", "pass"),
+    ),
+    *_in(
+        "fused_margin/partial_fc/checkpoint.py",
+        ("checkpoint_runs_code", "if plain or name in _RECORDS.get(module, ()):", "if True:"),
+        ("checkpoint_bytes_unpickled", "if not isinstance(entry, TensorStorageMetadata):", "if False:"),
+        ("checkpoint_unchecked", "if found != files[name]:", "if False:"),
+        (
+            "checkpoint_step_lost",
+            "head.seed, head.step = (int(value) for value in everything",
+            "_ = (int(value) for value in everything",
+        ),
+        (
+            "checkpoint_named_too_early",
+            "    manifest = {\"format\"",
+            "    (folder / _LATEST).write_text(version.name)\n    manifest = {\"format\"",
+        ),
+    ),
+    *_in(
+        "fused_margin/partial_fc/tensor_file.py",
+        ("file_rows_at_the_start", "(piece.first * row if isinstance(piece, Piece) else 0)", "0"),
+        ("file_cut_off_unseen", "if 8 + size + place != length:", "if False:"),
+        ("file_gap_unseen", "if begin != place:", "if False:"),
+    ),
+    *_in(
+        "fused_margin/partial_fc/interchange.py",
+        (
+            "classes_new_ones_overwritten",
+            "local[kept.to(local.device)] = values[kept].to(local)",
+            "local.copy_(values)",
+        ),
+        ("classes_new_ones_with_momentum", "if kept is not None else t.clone()", "if False else t.clone()"),
+        (
+            "insightface_split_unchecked",
+            "(r < sum(sizes) % len(sizes)) for r",
+            "(sizes[r] - sum(sizes) // len(sizes)) for r",
+        ),
+    ),
 ]  # fmt: skip
 
 TRITON_MUTANTS = [

@@ -78,8 +78,8 @@ def with_gradients(rows, leaves):
     return {"loss": rows.detach()} | {f"d_{n}": g for n, g in zip(leaves, grads, strict=True)}
 
 
-def dense(name, mode, inputs, gradient, dtype=None, operands=None):
-    """The same from the oracle, on the tensors as they are or as `dtype`."""
+def dense(name, mode, inputs, gradient, dtype=None, operands=None, *, swept=None, seed=6):
+    """The same from the oracle, on the tensors as they are or as `dtype`. swept [C] bool: rivals that take part."""
     loss = LOSSES[name]
     x, w, labels = inputs
     torch.manual_seed(5)
@@ -94,7 +94,8 @@ def dense(name, mode, inputs, gradient, dtype=None, operands=None):
     s = norm if loss.scale == "norm" else torch.full((len(x),), float(loss.scale), dtype=acc)
     w_norm = leaves["w"].to(acc)[y].norm(dim=1)
     p = {n: leaves[n].to(acc) for n in given}
-    torch.manual_seed(6)
+    torch.manual_seed(seed)
+    found = found if swept is None else found._replace(rival=found.rival & swept)
     d = Dense(*found, valid, s, norm, w_norm, p, mode.acc, gradient == "detached")
     return with_gradients(torch.where(valid, loss.rows(d), 0.0), leaves)
 

@@ -1,0 +1,292 @@
+"""Checkpoints by torch.distributed.checkpoint, which any number of ranks can read, whatever number wrote them.
+
+    folder/latest          the name of the version that is whole
+    folder/00000007/       .metadata, *.distcp (torch's), manifest.json (ours: sizes, checksums, the optimizer's groups)
+
+A version is written beside the last one, and `latest` then replaced in one step: a kill at any moment leaves a whole
+checkpoint. Reading checks every file first, and unpickles nothing but plain records of torch.distributed.checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.tensor import DTensor
+
+from . import optimizer_state
+from .head import PartialFC
+from .layout import sharded
+from .ranks import Ranks
+from .tensor_file import CheckpointError, sync_folder
+
+FORMAT = "fused_margin.partial_fc 1"
+_LATEST, _MANIFEST = "latest", "manifest.json"
+
+
+def save(
+    folder: str | os.PathLike,
+    head: PartialFC,
+    optimizer: torch.optim.Optimizer | None = None,
+    network: nn.Module | None = None,
+    extra: dict[str, Tensor] | None = None,
+    *,
+    keep: int = 2,
+) -> Path:
+    """Saves a training: head, sampler, margin state, optimizer, and the network that all ranks have alike.
+
+    All ranks must call it, with a folder on a file system that they share. extra: more tensors by name, the same on all
+    ranks (a step's number, a schedule). keep: versions that stay, the new one among them.
+    Returns: the folder of the version.
+    """
+    folder, ranks = Path(folder), head.ranks
+    state = _module_state(head, network) | {f"extra.{name}": t for name, t in (extra or {}).items()}
+    groups = None
+    if optimizer is not None:
+        found, groups = optimizer_state.tensors(optimizer, head, network)
+        state |= _completed(found, head)
+    version = folder / f"{ranks.objects(_next_version(folder))[0]:08d}"
+    _on_first(ranks, lambda: _start(folder, version))
+    with _over(ranks) as how:
+        dcp.save(state, storage_writer=dcp.FileSystemWriter(version), **how)
+    manifest = {"format": FORMAT, "groups": groups, "files": _checksums(version, ranks)}
+    manifest["state"] = {name: _described(t) for name, t in state.items() if name.startswith(optimizer_state.PREFIX)}
+    _on_first(ranks, lambda: _publish(folder, version, manifest, keep))
+    return version
+
+
+def load(
+    folder: str | os.PathLike,
+    head: PartialFC,
+    optimizer: torch.optim.Optimizer | None = None,
+    network: nn.Module | None = None,
+) -> dict[str, Tensor]:
+    """Loads what `save` wrote, into a head of any number of ranks; returns the extra tensors.
+
+    Raises `CheckpointError`, on all ranks and before anything is changed, where a file is missing, damaged or of
+    another format, or where shapes or names differ.
+    """
+    ranks = head.ranks
+    version, manifest, metadata = _agreed(ranks, lambda: _opened(Path(folder)))
+    _agreed(ranks, lambda: _check_files(version, manifest["files"], ranks))
+    state = _module_state(head, network)
+    extra = _empty(metadata, "extra.")
+    found = {} if optimizer is None else _empty_state(manifest["state"], head)
+    _agreed(ranks, lambda: _check_shapes(state | extra | found, metadata, version))
+    if optimizer is not None and manifest["groups"] is None:
+        raise CheckpointError(f"{version} has no optimizer's state; load it without one")
+    everything = state | extra | found
+    with _over(ranks) as how:
+        dcp.load(everything, storage_reader=_Reader(version), **how)
+    head.seed, head.step = (int(value) for value in everything["head.sampler"])
+    if optimizer is not None:
+        local = {n: t.to_local() if isinstance(t, DTensor) else t for n, t in found.items()}
+        optimizer_state.restore(optimizer, head, network, local, manifest["groups"])
+    return {name.removeprefix("extra."): everything[name] for name in extra}
+
+
+def _module_state(head: PartialFC, network: nn.Module | None) -> dict[str, Tensor]:
+    state = {f"head.{name}": t for name, t in head.state_dict().items()}
+    for name, t in network.state_dict().items() if network is not None else ():
+        if not isinstance(t, Tensor):
+            raise TypeError(f"network.{name} is {type(t).__name__}; a checkpoint holds tensors only")
+        state[f"network.{name}"] = t
+    return state
+
+
+def _completed(found: dict[str, Tensor], head: PartialFC) -> dict[str, Tensor]:
+    """Split states as DTensors; a rank that has no class, and so no state, gets an empty one."""
+    everyone = head.ranks.objects(
+        {n: (str(t.dtype), list(t.shape[1:])) for n, t in found.items() if _split(n, t, head)}
+    )
+    state = dict(found)
+    for name in dict.fromkeys(name for rank in everyone for name in rank):
+        dtype, rest = next(rank[name] for rank in everyone if name in rank)
+        if name not in state:
+            dtype = getattr(torch, dtype.removeprefix("torch."))
+            state[name] = torch.zeros(head.layout.count, *rest, dtype=dtype, device=head.weight.device)
+        state[name] = sharded(state[name], head.layout, head.ranks)
+    return state
+
+
+def _split(full: str, t: Tensor, head: PartialFC) -> bool:
+    name = full.removeprefix(optimizer_state.PREFIX).rpartition(".")[0]
+    return optimizer_state.is_rows(head, name, t)
+
+
+def _described(t: Tensor) -> dict[str, object]:
+    return {"dtype": str(t.dtype).removeprefix("torch."), "shape": list(t.shape), "split": isinstance(t, DTensor)}
+
+
+def _empty_state(described: dict[str, dict], head: PartialFC) -> dict[str, Tensor]:
+    """Tensors to load an optimizer's state into."""
+    found = {}
+    for name, entry in described.items():
+        dtype, shape = getattr(torch, entry["dtype"]), entry["shape"]
+        parameter = name.removeprefix(f"{optimizer_state.PREFIX}head.").rpartition(".")[0]
+        if parameter in head.sharded_names and shape and shape[0] == head.num_classes:
+            local = torch.zeros(head.layout.count, *shape[1:], dtype=dtype, device=head.weight.device)
+            found[name] = sharded(local, head.layout, head.ranks)
+        else:
+            found[name] = torch.zeros(shape, dtype=dtype)
+    return found
+
+
+def _empty(metadata: Metadata, prefix: str) -> dict[str, Tensor]:
+    entries = {n: m for n, m in metadata.state_dict_metadata.items() if n.startswith(prefix)}
+    return {n: torch.zeros(m.size, dtype=m.properties.dtype) for n, m in entries.items()}
+
+
+def _next_version(folder: Path) -> int:
+    names = [p.name for p in folder.iterdir()] if folder.is_dir() else []
+    return 1 + max((int(name) for name in names if name.isdecimal()), default=0)
+
+
+def _start(folder: Path, version: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    version.mkdir()
+
+
+def _publish(folder: Path, version: Path, manifest: dict, keep: int) -> None:
+    """Makes a version the latest, and removes older ones and what kills left behind."""
+    (version / _MANIFEST).write_text(json.dumps(manifest))
+    for path in [version / _MANIFEST, version]:
+        sync_folder(path)
+    pointer = folder / (_LATEST + ".partial")
+    pointer.write_text(version.name)
+    sync_folder(pointer)
+    os.replace(pointer, folder / _LATEST)
+    sync_folder(folder)
+    versions = sorted(p for p in folder.iterdir() if p.name.isdecimal() and p.name != version.name)
+    whole = [p for p in versions if (p / _MANIFEST).exists()]
+    for path in {*versions} - {*whole[len(whole) - max(keep - 1, 0) :]}:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _checksum(path: Path) -> list[int]:
+    """Size and CRC-32."""
+    crc = size = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 24):
+            crc, size = zlib.crc32(block, crc), size + len(block)
+    return [size, crc]
+
+
+def _checksums(version: Path, ranks: Ranks) -> dict[str, list[int]]:
+    """Of all files but the manifest, each computed by one rank."""
+    ranks.barrier()
+    names = sorted(p.name for p in version.iterdir())
+    mine = {name: _checksum(version / name) for name in names[ranks.rank :: ranks.world]}
+    return {name: found for part in ranks.objects(mine) for name, found in part.items()}
+
+
+def _opened(folder: Path) -> tuple[Path, dict, Metadata]:
+    version = folder / (folder / _LATEST).read_text().strip()
+    manifest = json.loads((version / _MANIFEST).read_text())
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(f"{version} has format {manifest.get('format')!r}; expected {FORMAT!r}")
+    return version, manifest, _Reader(version).read_metadata()
+
+
+def _check_files(version: Path, files: dict[str, list[int]], ranks: Ranks) -> None:
+    for name in sorted(files)[ranks.rank :: ranks.world]:
+        found = _checksum(version / name)
+        if found[0] != files[name][0]:
+            raise CheckpointError(f"{version / name} has {found[0]} bytes, and was written with {files[name][0]}")
+        if found != files[name]:
+            raise CheckpointError(f"{version / name} is damaged: its checksum differs from what was written")
+
+
+def _check_shapes(state: dict[str, Tensor], metadata: Metadata, version: Path) -> None:
+    for name, t in state.items():
+        entry = metadata.state_dict_metadata.get(name)
+        if entry is None:
+            raise CheckpointError(f"{version} has no {name}: was it saved from a head with other options?")
+        if entry.size != t.shape:
+            raise CheckpointError(f"{version}: {name} is {list(entry.size)} there, {list(t.shape)} here")
+
+
+def _agreed(ranks: Ranks, work):
+    """What `work` gives; where it raises on any rank, all raise that rank's error."""
+    result, problem = None, None
+    try:
+        result = work()
+    except CheckpointError as error:
+        problem = str(error)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, EOFError) as error:
+        problem = f"no checkpoint of this kind, or a damaged one ({type(error).__name__}: {error})"
+    problems = ranks.objects(problem)
+    for rank, text in enumerate(problems):
+        if text is not None:
+            raise CheckpointError(text if ranks.world == 1 else f"rank {rank}: {text}")
+    return result
+
+
+@contextlib.contextmanager
+def _over(ranks: Ranks) -> Iterator[dict[str, object]]:
+    """What tells torch.distributed.checkpoint who takes part."""
+    with warnings.catch_warnings():
+        if ranks.group is None:
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is: nothing to warn of
+        yield {"process_group": ranks.group, "no_dist": ranks.group is None}
+
+
+def _on_first(ranks: Ranks, work) -> None:
+    _agreed(ranks, work if ranks.rank == 0 else lambda: None)
+
+
+_RECORDS = {
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "collections": {"OrderedDict"},
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Builds the records of a checkpoint's metadata, and nothing else."""
+
+    def find_class(self, module: str, name: str) -> object:
+        plain = module == "torch" and (name == "Size" or isinstance(getattr(torch, name, None), torch.dtype))
+        if plain or name in _RECORDS.get(module, ()):
+            return super().find_class(module, name)
+        if module.partition(".")[0] == "pathlib":
+            return lambda *parts: "/".join(map(str, parts))  # where it was written; not used
+        raise CheckpointError(f"the metadata names {module}.{name}, which no checkpoint needs; nothing was loaded")
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads metadata without running code that it names. (Tensors are read with weights_only=True by torch.)"""
+
+    def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
+        path = Path(self.path)
+        with open(path / ".metadata", "rb") as file:
+            metadata = _Unpickler(file).load()
+        if not isinstance(metadata, Metadata):
+            raise CheckpointError(f"{path / '.metadata'} holds {type(metadata).__name__}, no metadata")
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):  # torch would unpickle it
+                raise CheckpointError(f"{path}: {name} is no tensor, and only tensors are read")
+        for info in metadata.storage_data.values():
+            if Path(info.relative_path).name != info.relative_path:
+                raise CheckpointError(f"{path}: a file of it lies elsewhere, at {info.relative_path!r}")
+        return metadata

@@ -1,0 +1,430 @@
+"""Checkpoints: read by another number of ranks, whole after a kill at any moment, refused when damaged or foreign."""
+
+import json
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+
+import fused_margin as fm
+from fused_margin import partial_fc
+
+from .sharded import part, plain
+from .threads import run_threads
+
+C, D, B = 23, 8, 12
+SPLITS = {1: [12], 2: [7, 5], 3: [4, 5, 3], 5: [3, 2, 3, 3, 1]}
+ROOT = Path(__file__).parent.parent.parent
+
+
+def training(rate=1.0, seed=0, classes=C, **options):
+    """A head with everything that has rows or a state, its optimizer, and a network that all ranks have."""
+    head = fm.PartialFC(
+        D, classes, fm.CurricularFace(), 16.0, rate, seed=seed, class_weight=torch.arange(classes) + 1.0, **options
+    )
+    torch.manual_seed(0)
+    network = torch.nn.Linear(D, D)
+    momentum = 0.0 if head.sparse_grad else 0.9
+    groups = [{"params": head.parameters()}, {"params": network.parameters(), "lr": 0.01}]
+    return head, torch.optim.SGD(groups, lr=0.1, momentum=momentum), network
+
+
+def steps(head, optimizer, network, first, last):
+    """Losses of some steps; each step's batch is the same for any number of ranks."""
+    losses, mine = [], part(SPLITS[head.ranks.world])
+    for k in range(first, last):
+        g = torch.Generator().manual_seed(k)
+        x, y = torch.randn(B, D, generator=g), torch.randint(head.num_classes, (B,), generator=g)
+        optimizer.zero_grad()
+        loss = head(network(x[mine]), y[mine])
+        loss.backward()
+        for p in network.parameters():
+            head.ranks.reduce_(p.grad)
+            p.grad /= head.ranks.world
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def on(world, fn):
+    return run_threads(world, fn) if world > 1 else [fn()]
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    return steps(*training(), 0, 6)
+
+
+@pytest.mark.parametrize("before, after", [(3, 2), (2, 3), (3, 1), (1, 2), (2, 5)])
+@pytest.mark.parametrize("way", ["checkpoint", "safetensors"])
+def test_another_number_of_ranks_goes_on(way, before, after, tmp_path, undisturbed):
+    """With the losses of a training that was never interrupted, to rounding (the batches are split otherwise)."""
+
+    def write():
+        head, optimizer, network = training()
+        losses = steps(head, optimizer, network, 0, 3)
+        if way == "checkpoint":
+            partial_fc.save(tmp_path / "c", head, optimizer, network, {"epoch": torch.tensor(4)})
+        else:
+            partial_fc.export_safetensors(tmp_path / "head.safetensors", head, _of_head(optimizer, head))
+            torch.save(network.state_dict(), tmp_path / f"network{head.ranks.rank}")
+            torch.save(optimizer.state_dict(), tmp_path / f"optimizer{head.ranks.rank}")
+        return losses
+
+    def read():
+        head, optimizer, network = training(seed=9)
+        if way == "checkpoint":
+            assert partial_fc.load(tmp_path / "c", head, optimizer, network) == {"epoch": torch.tensor(4)}
+            return steps(head, optimizer, network, 3, 6)
+        own = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+        partial_fc.import_safetensors(tmp_path / "head.safetensors", head, own)
+        return [plain(own.state[head.weight]["momentum_buffer"]), plain(head.weight.detach()), head.step]
+
+    losses = on(before, write)[0]
+    assert losses == pytest.approx(undisturbed[:3], rel=1e-5)
+    out = on(after, read)
+    if way == "checkpoint":
+        assert out[0] == pytest.approx(undisturbed[3:], rel=1e-5)
+        return
+    head, optimizer, network = training()
+    steps(head, optimizer, network, 0, 3)
+    torch.testing.assert_close(torch.cat([o[0] for o in out]), optimizer.state[head.weight]["momentum_buffer"])
+    torch.testing.assert_close(torch.cat([o[1] for o in out]), head.weight.detach())
+    assert [o[2] for o in out] == [3] * after
+
+
+def _of_head(optimizer, head):
+    """The head's part of an optimizer."""
+    own = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+    for p in head.parameters():
+        own.state[p] = optimizer.state[p]
+    return own
+
+
+def test_samples_go_on(tmp_path):
+    """A sparse gradient, a plain parameter: the same steps after as before."""
+
+    def run(stop):
+        head, optimizer, network = training(0.3)
+        losses = steps(head, optimizer, network, 0, 3)
+        if stop:
+            partial_fc.save(tmp_path / "c", head, optimizer, network)
+            head, optimizer, network = training(0.3, seed=4)
+            partial_fc.load(tmp_path / "c", head, optimizer, network)
+        return losses + steps(head, optimizer, network, 3, 6)
+
+    assert run_threads(2, lambda: run(True)) == run_threads(2, lambda: run(False))
+
+
+def test_plain_torch_checkpoint_reshards(tmp_path):
+    """torch.distributed.checkpoint alone, on what state_dict gives."""
+
+    def write():
+        head, optimizer, network = training(0.3)
+        steps(head, optimizer, network, 0, 2)
+        dcp.save(head.state_dict(), checkpoint_id=tmp_path / "c")
+        return plain(head.weight.detach())
+
+    def read():
+        head, _, _ = training(0.3, seed=3)
+        state = head.state_dict()
+        dcp.load(state, checkpoint_id=tmp_path / "c")
+        head.load_state_dict(state)
+        return plain(head.weight.detach()), head.step
+
+    weights, read_back = run_threads(3, write), run_threads(2, read)
+    assert torch.equal(torch.cat(weights), torch.cat([w for w, _ in read_back]))
+    assert [step for _, step in read_back] == [2, 2]
+
+
+def test_state_of_a_margin_head_and_back(tmp_path):
+    one = fm.MarginHead(D, C, fm.CurricularFace(), class_weight=torch.rand(C), sub_centers=2, bias=True)
+
+    def load():
+        head = fm.PartialFC(D, C, fm.CurricularFace(), class_weight=torch.ones(C), sub_centers=2, bias=True)
+        head.load_state_dict(one.state_dict(), strict=False)
+        partial_fc.export_safetensors(tmp_path / "head.safetensors", head)
+        return plain(head.weight.detach()).view(-1, D), plain(head.class_weight)
+
+    out = run_threads(3, load)
+    assert torch.equal(torch.cat([w for w, _ in out]), one.weight)
+    assert torch.equal(torch.cat([w for _, w in out]), one.class_weight)
+    tensors, metadata = partial_fc.tensor_file.read(tmp_path / "head.safetensors")
+    other = fm.MarginHead(D, C, fm.CurricularFace(), class_weight=torch.ones(C), sub_centers=2, bias=True)
+    tensors.pop("sampler")
+    other.load_state_dict(tensors)
+    assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
+    assert json.loads(metadata["fused_margin"])["num_classes"] == C
+
+
+class TestDamage:
+    @pytest.fixture
+    def folder(self, tmp_path):
+        partial_fc.save(tmp_path / "c", *training())
+        return tmp_path / "c"
+
+    def refuse(self, folder, match, **options):
+        head, optimizer, network = training(seed=5, **options)
+        before = {k: v.clone() for k, v in head.state_dict().items()}
+        with pytest.raises(partial_fc.CheckpointError, match=match):
+            partial_fc.load(folder, head, optimizer, network)
+        assert all(torch.equal(v, head.state_dict()[k]) for k, v in before.items()), "nothing was loaded"
+        assert not optimizer.state
+
+    def data(self, folder):
+        return next((folder / "00000001").glob("*.distcp"))
+
+    def test_cut_off(self, folder):
+        path = self.data(folder)
+        os.truncate(path, path.stat().st_size - 7)
+        self.refuse(folder, r"\.distcp has \d+ bytes, and was written with \d+")
+
+    def test_a_bit_turned(self, folder):
+        path = self.data(folder)
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        self.refuse(folder, "is damaged: its checksum differs")
+
+    def test_a_file_missing(self, folder):
+        self.data(folder).unlink()
+        self.refuse(folder, "No such file")
+
+    def test_no_checkpoint(self, tmp_path):
+        self.refuse(tmp_path, "no checkpoint of this kind")
+
+    def test_foreign(self, folder):
+        (folder / "00000001" / "manifest.json").write_text('{"format": "something else"}')
+        self.refuse(folder, "has format 'something else'; expected 'fused_margin")
+
+    def test_other_shapes(self, folder):
+        self.refuse(folder, rf"head\.\w+ is \[{C}.*\] there, \[30.*\] here", classes=30)
+
+    @pytest.mark.parametrize("what", ["code in the metadata", "bytes in the place of a tensor"])
+    def test_runs_no_code(self, folder, what, tmp_path):
+        class Bomb:
+            def __reduce__(self):
+                return os.system, (f"touch {tmp_path}/ran",)
+
+        path = folder / "00000001" / ".metadata"
+        if what.startswith("code"):
+            path.write_bytes(pickle.dumps(Bomb()))
+        else:  # torch's own reader would unpickle it
+            metadata = pickle.loads(path.read_bytes())
+            metadata.state_dict_metadata["head.weight"] = dcp.metadata.BytesStorageMetadata()
+            path.write_bytes(pickle.dumps(metadata))
+        manifest = folder / "00000001" / "manifest.json"
+        content = json.loads(manifest.read_text())
+        content["files"][".metadata"] = partial_fc.checkpoint._checksum(path)
+        manifest.write_text(json.dumps(content))
+        self.refuse(folder, "which no checkpoint needs" if what.startswith("code") else "BytesStorageMetadata")
+        assert not (tmp_path / "ran").exists()
+
+    def test_all_ranks_refuse_what_one_sees(self, folder):
+        path = self.data(folder)
+        os.truncate(path, path.stat().st_size - 7)
+
+        def body():
+            head, optimizer, network = training()
+            with pytest.raises(partial_fc.CheckpointError, match="bytes, and was written with"):
+                partial_fc.load(folder, head, optimizer, network)
+
+        run_threads(3, body)
+
+
+def test_a_failure_while_writing_leaves_the_last(tmp_path, monkeypatch):
+    head, optimizer, network = training()
+    partial_fc.save(tmp_path / "c", head, optimizer, network)
+    first = head.weight.detach().clone()
+    steps(head, optimizer, network, 0, 1)
+
+    def full(path):
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(partial_fc.checkpoint, "sync_folder", full)
+        with pytest.raises(partial_fc.CheckpointError, match="disk full"):
+            partial_fc.save(tmp_path / "c", head, optimizer, network)
+    other, optimizer, network = training(seed=3)
+    partial_fc.load(tmp_path / "c", other, optimizer, network)
+    assert torch.equal(other.weight, first)
+    for _ in range(3):
+        partial_fc.save(tmp_path / "c", other, optimizer, network)
+    kept = sorted(p.name for p in (tmp_path / "c").iterdir())
+    assert len(kept) == 3, "two versions and the name of the latest"
+    assert kept[-1] == "latest"
+
+
+SAVER = """
+import sys, torch
+import fused_margin as fm
+head = fm.PartialFC(64, 20000)
+optimizer = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9)
+head.weight.data.zero_(); head.weight.grad = -torch.ones_like(head.weight)
+print("ready", flush=True)
+while True:
+    head.weight.data += 1
+    optimizer.state[head.weight]["momentum_buffer"] = head.weight.detach().clone()
+    fm.partial_fc.save(sys.argv[1], head, optimizer)
+    print("saved", flush=True)
+"""
+
+
+def test_killed_at_any_moment(tmp_path):
+    """One process that only saves, killed three times: what can be loaded is always one whole version."""
+    head, last = fm.PartialFC(64, 20000), 0.0
+    command = [sys.executable, "-c", SAVER, str(tmp_path / "c")]
+    for turn in range(3):
+        with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "ready\n"
+            assert process.stdout.readline() == "saved\n"
+            time.sleep(0.05 + 0.037 * turn)
+            process.send_signal(signal.SIGKILL)
+        optimizer = torch.optim.SGD(head.parameters(), lr=1.0, momentum=0.9)
+        partial_fc.load(tmp_path / "c", head, optimizer)
+        values = head.weight.unique()
+        assert len(values) == 1
+        assert torch.equal(head.weight, optimizer.state[head.weight]["momentum_buffer"])
+        last = max(last, values.item())
+    assert last >= 1
+
+
+class TestClasses:
+    """Classes come and go, with their optimizer's state."""
+
+    @pytest.mark.parametrize("world", [1, 3])
+    def test_added_and_dropped(self, world, tmp_path):
+        old, optimizer, network = training()
+        steps(old, optimizer, network, 0, 2)
+        path = tmp_path / "head.safetensors"
+        partial_fc.export_safetensors(path, old, _of_head(optimizer, old))
+        wanted = torch.cat([torch.arange(5, C), torch.tensor([-1, -1, 0])])  # 1 to 4 go, two come, 0 moves
+
+        def body():
+            head, _, _ = training(classes=len(wanted), seed=2)
+            fresh = plain(head.weight.detach()).clone()
+            own = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+            partial_fc.import_safetensors(path, head, own, classes=wanted)
+            return fresh, plain(head.weight.detach()), plain(own.state[head.weight]["momentum_buffer"]), head
+
+        out = on(world, body)
+        fresh, weight, momentum = (torch.cat([o[i] for o in out]) for i in range(3))
+        kept = wanted >= 0
+        assert torch.equal(weight[kept], old.weight.detach()[wanted[kept]])
+        assert torch.equal(weight[~kept], fresh[~kept])
+        assert torch.equal(momentum[kept], optimizer.state[old.weight]["momentum_buffer"][wanted[kept]])
+        assert not momentum[~kept].any()
+        assert torch.equal(out[0][3].margin_module.t, old.margin_module.t)
+        classes = torch.cat([plain(o[3].class_weight) for o in out])
+        assert torch.equal(classes[kept], old.class_weight[wanted[kept]])
+
+    def test_errors(self, tmp_path):
+        head, _, _ = training()
+        partial_fc.export_safetensors(tmp_path / "h", head)
+        other, _, _ = training(classes=C + 1)
+        with pytest.raises(partial_fc.CheckpointError, match=rf"has {C} classes, the head {C + 1}: pass classes"):
+            partial_fc.import_safetensors(tmp_path / "h", other)
+        with pytest.raises(partial_fc.CheckpointError, match=rf"classes must lie in \[-1, {C}\)"):
+            partial_fc.import_safetensors(tmp_path / "h", head, classes=torch.full((C,), C))
+
+
+class TestTensorFile:
+    def write(self, path):
+        head, _, _ = training()
+        partial_fc.export_safetensors(path, head)
+        return head
+
+    @pytest.mark.parametrize("keep", [0, 5, 40, -9])
+    def test_cut_off(self, keep, tmp_path):
+        head = self.write(tmp_path / "h")
+        content = (tmp_path / "h").read_bytes()
+        (tmp_path / "h").write_bytes(content[:keep])
+        before = head.weight.detach().clone()
+        with pytest.raises(partial_fc.CheckpointError):
+            partial_fc.import_safetensors(tmp_path / "h", head)
+        assert torch.equal(head.weight, before)
+
+    @pytest.mark.parametrize(
+        "header",
+        [b"[]", b"{", b'{"a": {}}', b'{"a": {"dtype": "F99", "shape": [1], "data_offsets": [0, 4]}}',
+         b'{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+         b'{"a": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
+         b'{"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}'],
+    )  # fmt: skip
+    def test_wrong_headers(self, header, tmp_path):
+        (tmp_path / "h").write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+        with pytest.raises(partial_fc.CheckpointError, match="h"):
+            partial_fc.tensor_file.read(tmp_path / "h")
+
+    def test_as_the_safetensors_package_has_it(self, tmp_path):
+        safetensors = pytest.importorskip("safetensors.torch", reason="the safetensors package is not installed")
+        head = self.write(tmp_path / "h")
+        theirs = safetensors.load_file(tmp_path / "h")
+        assert all(torch.equal(theirs[k], v) for k, v in head.state_dict().items())
+        safetensors.save_file({k: v.clone() for k, v in theirs.items()}, tmp_path / "theirs")
+        other, _, _ = training(seed=8)
+        partial_fc.import_safetensors(tmp_path / "theirs", other)
+        assert all(torch.equal(v, head.state_dict()[k]) for k, v in other.state_dict().items())
+
+
+class TestInsightFace:
+    def files(self, folder, sizes=(3, 3, 2, 2)):
+        weights = [torch.randn(n, D) for n in sizes]
+        for rank, w in enumerate(weights):
+            state = {"epoch": 3, "state_dict_softmax_fc": {"weight": w}, "state_dict_backbone": {}}
+            torch.save(state, folder / f"checkpoint_gpu_{rank}.pt")
+        return torch.cat(weights)
+
+    @pytest.mark.parametrize("world", [1, 3, 4])
+    def test_another_split(self, world, tmp_path):
+        expected = self.files(tmp_path)
+
+        def body():
+            head = fm.PartialFC(D, 10)
+            partial_fc.load_weight(head, partial_fc.insightface_weights(tmp_path))
+            return plain(head.weight.detach()), head.layout.count
+
+        out = on(world, body)
+        assert torch.equal(torch.cat([w for w, _ in out]), expected)
+        assert world != 4 or [n for _, n in out] == [3, 3, 3, 1]
+
+    def test_a_wrong_split_and_code(self, tmp_path):
+        self.files(tmp_path, (3, 2, 3))
+        with pytest.raises(partial_fc.CheckpointError, match=r"\[3, 2, 3\] classes, which is no split"):
+            partial_fc.insightface_weights(tmp_path)
+        (tmp_path / "checkpoint_gpu_1.pt").unlink()
+        with pytest.raises(partial_fc.CheckpointError, match="without a gap"):
+            partial_fc.insightface_weights(tmp_path)
+
+        class Bomb:
+            def __reduce__(self):
+                return os.system, (f"touch {tmp_path}/ran",)
+
+        torch.save({"state_dict_softmax_fc": {"weight": Bomb()}}, tmp_path / "checkpoint_gpu_1.pt")
+        with pytest.raises(partial_fc.CheckpointError, match="is damaged"):
+            partial_fc.insightface_weights(tmp_path)
+        assert not (tmp_path / "ran").exists()
+
+    def test_matrices_the_other_way(self):
+        w = torch.randn(10, D)
+
+        def body():
+            head = fm.PartialFC(D, 10)
+            partial_fc.load_weight(head, w.t(), transposed=True)
+            with pytest.raises(ValueError, match="they seem to be \\[D, C\\]: transposed=True"):
+                partial_fc.load_weight(head, w.t())
+            return plain(head.weight.detach())
+
+        assert torch.equal(torch.cat(run_threads(3, body)), w)
+
+
+def test_dist_is_left_alone():
+    assert not dist.is_initialized()
