@@ -96,12 +96,14 @@ def make_network(embedding_size: int) -> nn.Module:
 
 def make_run(recipe: Recipe, num_classes: int, backend: str | None) -> Run:
     """A training at its start. The initial weights depend on the seed alone."""
+    if backend is None and not recipe.loss.has_kernel(num_classes):  # asked before the seed: it may draw a margin
+        backend = "reference"
     torch.manual_seed(recipe.seed)
     network = make_network(recipe.embedding_size)
     head = fm.MarginHead(
         embedding_size=recipe.embedding_size,
         num_classes=num_classes,
-        backend=backend if backend or recipe.loss.has_kernel(num_classes) else "reference",
+        backend=backend,
         **recipe.loss.head(num_classes),
     )
     optimizer = torch.optim.SGD(
