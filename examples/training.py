@@ -6,11 +6,11 @@ busy machine slows all alike.
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from glyph_data import Glyphs, distort
+from glyph_data import Glyphs, distort, text_faces
 from losses import Loss
 from torch import Tensor, nn
 
@@ -50,6 +50,8 @@ class Run:
     network: nn.Module
     head: fm.MarginHead
     optimizer: torch.optim.Optimizer
+    epoch: int  # steps in which as many images are seen as there are drawings
+    term: Callable[[Tensor, Tensor], Tensor] | None = None  # a loss of (embeddings, labels) that is added
     losses: list[float] = field(default_factory=list)
     seconds: float = 0.0
     head_seconds: float = 0.0
@@ -65,13 +67,24 @@ class Run:
         torch.manual_seed(len(self.losses))  # some margins are drawn: for all heads alike
         head_start = time.perf_counter()
         loss = self.head(embeddings, labels)
+        if self.term:
+            loss = loss + self.term(embeddings, labels)
         loss.backward()
+        self._observe(embeddings, labels)
         self.head_seconds += time.perf_counter() - head_start
         features.backward(embeddings.grad)
         self.optimizer.step()
         self.seconds += time.perf_counter() - start
         self.losses.append(loss.item())
         return embeddings.detach()
+
+    def _observe(self, embeddings: Tensor, labels: Tensor) -> None:
+        """KappaFace's margins follow the embeddings that it is shown, from one end of an epoch to the next."""
+        margin = self.head.margin
+        if isinstance(margin, fm.KappaFace):
+            margin.observe(embeddings, labels)
+            if (len(self.losses) + 1) % self.epoch == 0:
+                margin.end_epoch()
 
 
 def block(channels: int, out: int, kernel: int, stride: int) -> nn.Sequential:
@@ -113,7 +126,8 @@ def make_run(recipe: Recipe, num_classes: int, backend: str | None) -> Run:
         weight_decay=recipe.weight_decay,
         nesterov=True,
     )
-    return Run(network, head, optimizer)
+    epoch = math.ceil(num_classes * len(text_faces()) / recipe.batch)
+    return Run(network, head, optimizer, epoch, recipe.loss.term(num_classes))
 
 
 def batches(glyphs: Glyphs, classes: Tensor, recipe: Recipe) -> Iterator[tuple[Tensor, Tensor]]:
