@@ -103,7 +103,7 @@ def margin_cross_entropy(
     _check_margin(margin, normalize_embeddings, normalize_weight, bias, sub_centers)
     rows.check_reduction(reduction)
     check_scale(scale)
-    rows.check_extras(label_smoothing, mining, sample_weight, margin.reduction == "logsumexp")
+    rows.check_extras(label_smoothing, mining, sample_weight, margin.softmax)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index = {ignore_index!r}; expected an integer, as -100")
     spec = Spec(

@@ -89,7 +89,7 @@ class MarginHead(nn.Module):
             self.scale = scale
         self._hold("class_weight", class_weight)
         margin = ArcFace() if margin is None else as_margin(margin)
-        rows.check_extras(label_smoothing, mining, class_weight, margin.reduction == "logsumexp")
+        rows.check_extras(label_smoothing, mining, class_weight, margin.softmax)
         self.margin_module = margin.module()  # its parameters and its state are the head's
         if self.margin_module is not None:
             self.margin_module.to(self.weight.device)

@@ -99,7 +99,8 @@ def contrastive(margin: float = 1.0) -> nn.Module:
     Equivalent to: `mean of D^2 over pairs of one class + mean of relu(margin - D^2) over the others`, D^2 = 2 - 2 cos,
     the means over the pairs that are not 0.
     Args: margin in [0, 4] (default 1), in squared distances. Returns: a module, (embeddings, labels) -> loss.
-    Source: Hadsell et al. 2006 (CVPR 2006) eq. 4, without its factor 1/2; needs pytorch-metric-learning.
+    Source: the form of metric-learning reviews. Hadsell et al. 2006 (CVPR 2006) has a factor 1/2, and the square of a
+    hinge of D in place of the hinge of D^2. Needs pytorch-metric-learning.
     """
     number("margin", margin, 0, 4, "squared distances of unit vectors")
     pml = _library()

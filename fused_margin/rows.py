@@ -106,6 +106,8 @@ def check_extras(smoothing: float, mining: Mining | None, weights: Tensor | None
         raise ValueError("label_smoothing is defined for a softmax; this loss has none: expected label_smoothing=0")
     if mining is not None and not isinstance(mining, Mining):
         raise TypeError(f"mining: got {mining!r}; expected fm.Focal(), fm.HardRows() or None")
+    if isinstance(mining, Focal) and not softmax:
+        raise ValueError("fm.Focal takes p = exp(-loss) of a softmax; this loss has none: expected fm.HardRows or None")
     if weights is not None and not isinstance(weights, Tensor):
         raise TypeError(f"weights: got {type(weights).__name__}; expected a tensor")
 

@@ -106,9 +106,15 @@ class Rule(NamedTuple):
         dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
         if not self.args:
             return like.new_empty(0, dtype=dtype)
-        if any(isinstance(a, Tensor) for a in self.args):
-            return torch.stack([torch.as_tensor(a, dtype=dtype, device=like.device) for a in self.args])
-        return torch.tensor(self.args, dtype=dtype, device=like.device)
+        if like.device.type == "cpu" and not any(isinstance(a, Tensor) for a in self.args):
+            return torch.tensor(self.args, dtype=dtype)
+
+        def value(a: float | Tensor) -> Tensor:
+            if isinstance(a, Tensor):
+                return a.to(like.device, dtype)
+            return torch.full((), a, dtype=dtype, device=like.device)  # torch.tensor copies, and waits for the device
+
+        return torch.stack([value(a) for a in self.args])
 
 
 IDENTITY = Rule()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .margins import RowStats
-from .margins.base import number
+from .margins.base import count
 
 
 class ScaleRule(nn.Module):
@@ -32,14 +32,14 @@ class AdaCos(ScaleRule):
     Equivalent to: `s = sqrt(2) log(C - 1)` where not dynamic; else, in training mode and before use,
     `s = log(mean_i sum_j exp(s_old c_ij)) / cos(min(pi / 4, median_i theta_iy))`, which takes one more forward sweep.
     Args: num_classes, at least 3. State: `s`, at first that of the fixed scale. Use: `fm.MarginHead(..., scale=this)`.
-    Source: Zhang et al. 2019, AdaCos (arXiv 1905.00292) eqs. 13, 15.
+    Source: Zhang et al. 2019, AdaCos (arXiv 1905.00292).
     """
 
     needs = ("cos_y",)
 
     def __init__(self, num_classes: int, dynamic: bool = True) -> None:
         super().__init__()
-        number("num_classes", num_classes, 3, math.inf, "log(C - 1) must be positive")
+        count("num_classes", num_classes, 3, "log(C - 1) must be positive")
         self.dynamic = dynamic
         self.register_buffer("s", torch.tensor(math.sqrt(2) * math.log(num_classes - 1)))
 

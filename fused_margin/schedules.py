@@ -44,10 +44,11 @@ class Linear:
 
 @dataclass(frozen=True)
 class Exponential:
-    """From `start` to `end`, quickly at first (WeSpeaker's margin warm-up), then `end`.
+    """From `start` to `end`, quickly at first, then `end`.
 
     Equivalent to: `start + (end - start) * (1 - exp(-rate * step / steps)) / (1 - exp(-rate))` until `steps`
     Args: rate > 0 (default 6.9 = log 1000).
+    Source: WeSpeaker's margin warm-up, without the divisor: it comes to 0.999 of the way, and jumps the rest.
     """
 
     start: float
@@ -100,15 +101,16 @@ class MarginSchedule:
 
     def _tensor(self) -> Tensor:
         """Looked up each time: `.to(device)` makes new tensors."""
-        held = {"scale": self.head.scale} if self.name == "scale" else self.head.margin.tensors()
-        tensor = held.get(self.name)
-        if not isinstance(tensor, Tensor):
-            have = ", ".join(map(repr, held)) or "none"
+        module = self.head.margin_module
+        held = self.head.margin.tensors() | ({} if module is None else dict(module.named_buffers()))
+        held |= {"scale": self.head.scale} if isinstance(self.head.scale, Tensor) else {}
+        if self.name not in held:
             raise ValueError(
-                f"the margin has no tensor {self.name!r} (it has {have}); to change it during a training, make it "
-                f"a tensor: fm.ArcFace(torch.tensor(0.5)) has 'm'"
+                f"the head has no tensor {self.name!r} (it has {', '.join(map(repr, held)) or 'none'}); to change a "
+                "number during a training, make it a tensor: fm.ArcFace(torch.tensor(0.5)) has 'm', and a head with "
+                "scale=torch.tensor(64.0) has 'scale'"
             )
-        return tensor
+        return held[self.name]
 
     @torch.no_grad()
     def _write(self) -> None:

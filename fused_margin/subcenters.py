@@ -35,7 +35,7 @@ def find_outliers(
     that is nearest to most of its samples (the first of equals); outlier: `acos(cos to the main centre) >= angle`.
     Args: embeddings [N, D] of the training set, weight [C * K, D], labels [N] in [0, C), sub_centers K, angle in
         degrees, in [0, 180] (default 75).
-    Source: Deng et al. 2020, Sub-center ArcFace (ECCV 2020) sec. 3.4; K = 3 there.
+    Source: Deng et al. 2020, Sub-center ArcFace (ECCV 2020); K = 3 there.
     """
     number("angle", angle, 0, 180)
     if sub_centers < 1 or weight.shape[0] % sub_centers:

@@ -119,6 +119,11 @@ MUTANTS = [
         ("clip_without_floor", "torch.where(c <= args[0], args[0], ", "torch.where(c <= -2, args[0], "),
         ("filter_keeps", "torch.where(c > args[0], torch.zeros_like(c), c)", "torch.where(c > args[0], c, c)"),
         ("gauss_weight_has_gradient", "weight.detach() * (c + 1) - 1", "weight * (c + 1) - 1"),
+        (
+            "rule_args_wait_for_the_device",
+            "return torch.full((), a, dtype=dtype, device=like.device)",
+            "return torch.tensor(a, dtype=dtype, device=like.device)",
+        ),
         ("circle_weight_negative", "torch.relu(c + args[0]).detach()", "(c + args[0]).detach()"),
     ),
     *_in(
@@ -250,5 +255,58 @@ MUTANTS = [
         ("kernel_last_rows_lost", "while (M - m > 0) multiply_rows<summed, 1>(m, K, a, next, b, start, finish);", ""),
         ("kernel_last_columns_zero", "k < dim ? row[k] : T(0)", "T(0)"),
         ("kernel_padding_not_zero", "k < dim ? row[k] : T(0)", "k < dim ? row[k] : T(1)"),
+    ),
+]  # fmt: skip
+
+TRITON_MUTANTS = [
+    *_in(
+        "fused_margin/kernels/rival.py",
+        ("triton_hard_offset_lost", "value = tl.where(c > tau, a * c + b, c)", "value = tl.where(c > tau, a * c, c)"),
+        ("triton_curricular_slope", "2 * c + a, slope)", "c + a, slope)"),
+        ("triton_margin_wrong_by_0_002", "    value = c\n    slope", "    value = c - 0.002\n    slope"),
+    ),
+    *_in(
+        "fused_margin/kernels/tile.py",
+        ("triton_padded_columns_are_rivals", "keep = valid[None, :] & (j_class", "keep = (j_class"),
+        ("triton_columns_beyond_d", "mask=d[:, None] < D, other=0.0)", "mask=d[:, None] <= D, other=0.0)"),
+        ("triton_range_never_follows", "larger = power_of_two(top)", "larger = unit"),
+        ("triton_second_center_wins", "tl.where(groups == tl.max(groups, 2)", "tl.where(groups == tl.min(groups, 2)"),
+        ("triton_clamp_lost", "tl.where(c > 1, 1.0, c)", "c"),
+    ),
+    *_in(
+        "fused_margin/kernels/forward.py",
+        ("triton_sum_not_rescaled", "two_sum(total * shrink,", "two_sum(total,"),
+        ("triton_o_not_rescaled", "acc *= shrink[:, None]", "acc *= 1"),
+        ("triton_splits_overlap", "tl.int64) + 1) * tiles", "tl.int64) + 2) * tiles"),
+        ("triton_mean_not_rescaled", "mean_v *= shrink", "mean_v *= 1"),
+    ),
+    *_in(
+        "fused_margin/kernels/rows.py",
+        ("triton_label_after_the_shard", "(label < first_class + classes)", "(label <= first_class + classes)"),
+        ("triton_merge_without_powers", "factor = tl.exp2(powers - power[:, None])", "factor = powers * 0 + 1"),
+    ),
+    *_in(
+        "fused_margin/kernels/row_gradients.py",
+        ("triton_ranks_collide", "(other[None, :] < own[:, None])", "(other[None, :] <= own[:, None])"),
+        ("triton_loss_scale_in_fp16", "common = _largest_factor(scale", "common = 1.0 + 0 * _largest_factor(scale"),
+        ("triton_x_projection_lost", "h = (h - along[:, None] * x_hat)", "h = (h - 0 * x_hat)"),
+    ),
+    *_in(
+        "fused_margin/kernels/backward.py",
+        ("triton_w_projection_lost", "h = (h - along[:, None] * b_w)", "h = (h - 0 * b_w)"),
+        ("triton_next_tile_targets", "(y < low + CLASSES)", "(y < low + CLASSES - 1)"),
+        ("triton_half_unit_lost", "h *= tl.load(unit) / HALF_UNIT", "h *= tl.load(unit)"),
+        ("triton_last_row_block", "mask=(i < batch)[:, None] & valid[None, :]", "mask=valid[None, :]"),
+        ("triton_bias_parts", "j_sum += tl.load", "j_sum = tl.load"),
+    ),
+    *_in(
+        "fused_margin/kernels/margins.py",
+        ("triton_tail_flipped", "beyond = c < -cos_m2", "beyond = c > -cos_m2"),
+        ("triton_mean_over_ignored_rows", "tl.sum((label != ignore_index)", "tl.sum((i < batch)"),
+        ("triton_psi_sign", "sign = 1 - 2 * (k", "sign = 1 - 0 * (k"),
+    ),
+    *_in(
+        "fused_margin/kernels/gradients.py",
+        ("triton_chunks_overwrite_dx", "to.o, add=first > 0)", "to.o, add=False)"),
     ),
 ]  # fmt: skip

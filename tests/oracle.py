@@ -18,7 +18,7 @@ SIGNIFICANT_BITS = {torch.bfloat16: 8, torch.float16: 11}
 
 
 def normface(c: Tensor) -> Tensor:
-    return c  # NormFace (1704.06369) eq. 4, with no margin
+    return c  # NormFace (1704.06369), with no margin
 
 
 def cosface(c: Tensor, m: float | Tensor) -> Tensor:
@@ -79,7 +79,7 @@ def _hard(c: Tensor, tau: Tensor, a: float, b: float) -> Tensor:
 
 
 def _curricular(c: Tensor, tau: Tensor, t: float) -> Tensor:
-    return torch.where(c > tau, c * (t + c), c)  # CurricularFace (2004.00288) eq. 8
+    return torch.where(c > tau, c * (t + c), c)  # CurricularFace (2004.00288)
 
 
 def _clip(c: Tensor, tau: None, low: float, high: float) -> Tensor:
@@ -96,7 +96,7 @@ def _gauss(c: Tensor, tau: Tensor, alpha: float, sigma: float) -> Tensor:
 
 
 def _circle(c: Tensor, tau: None, m: float) -> Tensor:
-    return (c + m).clamp_min(0).detach() * (c - m)  # Circle loss (2002.10857) eq. 5-6: the weight is a constant
+    return (c + m).clamp_min(0).detach() * (c - m)  # Circle loss (2002.10857): the weight is a constant
 
 
 def _power(c: Tensor, tau: None, t: float, m: float) -> Tensor:
@@ -109,7 +109,7 @@ def _angle(c: Tensor, tau: None, b0: float, b1: float, b2: float) -> Tensor:
 
 
 def _angle_sigmoid(c: Tensor, tau: None, k: float) -> Tensor:
-    """SphereNet (1711.03189) eq. 6: A (1 - e) / (1 + e) with e = exp(theta / k - pi / (2 k))."""
+    """SphereNet (1711.03189): A (1 - e) / (1 + e) with e = exp(theta / k - pi / (2 k))."""
     e = torch.exp(torch.acos(c) / k - math.pi / (2 * k))
     edge = math.exp(-math.pi / (2 * k))
     return (1 + edge) / (1 - edge) * (1 - e) / (1 + e)

@@ -8,7 +8,7 @@ import pytest
 import fused_margin as fm
 from fused_margin.check import all_margins
 
-from .loss_oracle import LOSSES
+from .loss_table import LOSSES
 
 ROOT = Path(__file__).parent.parent
 

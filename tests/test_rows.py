@@ -152,6 +152,16 @@ BAD = {
         ValueError,
         "label_smoothing is defined for a softmax",
     ),
+    "smoothing of SFace": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.SFace(), label_smoothing=0.1, backend="reference"),
+        ValueError,
+        "label_smoothing is defined for a softmax",
+    ),
+    "focal without softmax": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.UniFace(C), mining=fm.Focal()),
+        ValueError,
+        r"fm.Focal takes p = exp\(-loss\) of a softmax",
+    ),
     "mining": (
         lambda x, w, y: margin_cross_entropy(x, w, y, fm.ArcFace(), mining=2.0),
         TypeError,

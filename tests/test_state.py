@@ -2,6 +2,7 @@
 
 import copy
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -122,6 +123,32 @@ def test_a_schedule_moves_the_margin_without_compiling_anew(backend, batch):
     assert module.margin_base_m.item() == 0.5
 
 
+@pytest.mark.parametrize(
+    "make", [fm.CurricularFace, fm.AdaFace, partial(fm.ElasticFace, sigma=0.0), partial(fm.UniFace, C)]
+)
+def test_a_schedule_moves_the_margin_of_a_module(make, batch):
+    """A margin with a state or parameters takes m as a tensor too, and keeps it as a buffer."""
+    module = head(make(m=torch.tensor(0.0)))
+    assert "margin_module.m" in module.state_dict()
+    torch.compiler.reset()
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    warm_up = MarginSchedule(module, "m", Linear(0.0, 0.4, 2))
+    for step in range(4):
+        expected = head(make(m=0.2 * min(step, 2)))
+        kept = {k: v for k, v in module.state_dict().items() if not k.endswith("module.m")}
+        expected.load_state_dict(kept)
+        with torch.compiler.set_stance("fail_on_recompile" if step else "default"):
+            torch.testing.assert_close(compiled(*batch), expected(*batch))
+        warm_up.step()
+    assert module.margin_module.m.item() == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("make", [fm.SphereFace2, fm.UniFace, partial(fm.UniFace, per_class=True)])
+def test_made_for_another_number_of_classes(make, batch):
+    with pytest.raises(ValueError, match=f"was made for 5 classes, and the head has {C}"):
+        head(make(5))(*batch)
+
+
 def test_schedules_by_hand():
     assert [Linear(0.1, 0.5, 4)(k) for k in (0, 2, 4, 9)] == pytest.approx([0.1, 0.3, 0.5, 0.5])
     middle = 0.2 * (1 - math.exp(-math.log(1000) / 2)) / (1 - 1e-3)
@@ -144,6 +171,10 @@ def test_schedule_state_and_errors(batch):
     assert module.scale.item() == 15
     with pytest.raises(ValueError, match=r"no tensor 'm' \(it has none\); .* make it a tensor: fm.ArcFace"):
         MarginSchedule(head(fm.ArcFace(0.5)), "m", Linear(0, 0.5, 10))
+    with pytest.raises(
+        ValueError, match=r"no tensor 'scale' \(it has 't'\); .* scale=torch.tensor\(64.0\) has 'scale'"
+    ):
+        MarginSchedule(head(fm.CurricularFace()), "scale", Linear(1, 2, 3))
     with pytest.raises(ValueError, match="steps = 0"):
         Linear(0, 1, 0)
 

@@ -14,7 +14,7 @@ from .rival import exponent, rival, softplus
 from .tile import EPS, HALF_UNIT, clamp, cosines, inverse_norm, load_slice, rivals, tile_rows
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "classes", "first_tile"])
 def gradient_kernel(
     x,
     w,
@@ -110,7 +110,7 @@ def gradient_kernel(
                 tl.store(w_at, b_w.to(x.dtype.element_ty), mask=(d < D)[:, None] & valid[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "classes", "first_class", "blocks"])
 def finish_weights(
     products,
     x,
@@ -153,7 +153,7 @@ def finish_weights(
     _, j_row, j_source, valid = tile_rows(0, classes - low, index, SLOTS, CENTERS, GROUP, False)
     j_source += low.to(tl.int64) * CENTERS
     if INDEXED:
-        j_source = tl.load(index + j_source)
+        j_source = tl.load(index + j_source).to(tl.int64)
     if TO_BIAS:
         j = tl.arange(0, CLASSES)
         j_sum = tl.zeros((CLASSES,), tl.float32)

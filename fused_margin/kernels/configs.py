@@ -1,5 +1,5 @@
 """How the kernels are cut on each architecture: one record each. Nothing is tuned at run time unless the environment
-variable FUSED_MARGIN_TRITON_TUNE=1 asks for it; then `candidates` are timed once for each kind of problem.
+variable FUSED_MARGIN_TRITON_TUNE=1 asks for it, see tune.py.
 
 Not measured on any device: chosen so that the compiler spills no register and shared memory suffices, see docs/gpu.md.
 """
@@ -34,13 +34,14 @@ class Cut(NamedTuple):
 class Device(NamedTuple):
     half: Cut  # operands of 16 bit
     full: Cut  # of 32 bit
-    precision: str  # of products of float32 operands: "ieee" or "tf32x3"; never "tf32"
+    precision: str  # of products of float32 operands, see PRECISIONS
     programs: (
         int  # at one time, which sets the number of splits; a constant, so that equal architectures get equal bits
     )
     chunk_bytes: int  # of G, so that it stays in the L2 cache beside the rows of w
 
 
+PRECISIONS = ("ieee", "tf32x3", "tf32")  # the last one, wrong by 2.5e-2 in a log-sum-exp at s = 64, only on request
 _MIB = 2**20
 
 
@@ -74,7 +75,15 @@ def use(device: Device) -> Iterator[None]:
 
 
 def device_for(x: torch.Tensor) -> Device:
-    """The record of the device that x is on: of its architecture, or of the nearest older one."""
+    """The record of the device that x is on, with the precision that FUSED_MARGIN_TRITON_PRECISION asks for."""
+    device, asked = _device_for(x), os.environ.get("FUSED_MARGIN_TRITON_PRECISION", "")
+    if asked and asked not in PRECISIONS:
+        raise ValueError(f"FUSED_MARGIN_TRITON_PRECISION = {asked!r}; expected one of {PRECISIONS}")
+    return device._replace(precision=asked) if asked else device
+
+
+def _device_for(x: torch.Tensor) -> Device:
+    """That of its architecture, or of the nearest older one."""
     if _override:
         return _override[-1]
     if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":

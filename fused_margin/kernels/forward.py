@@ -24,7 +24,7 @@ def two_sum(total, low, value):
     return new, low + ((total - (new - part)) + (value - part))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["classes", "tiles", "splits"])
 def sweep_kernel(
     x,
     w,

@@ -12,6 +12,7 @@ from . import backward, row_gradients
 from .configs import Tile
 from .launch import prologue
 from .plan import Inputs, Plan, ceil_div, multiply, on, plan, power_of_two, row_constants, run, step, sweep_constants
+from .tune import tuned
 
 _SCAN = 1024  # rows whose targets are compared at a time
 _FINISH, _FINISH_WARPS = 8192, 8  # elements of a tile of finish_weights
@@ -39,6 +40,7 @@ class _Upstream(NamedTuple):
     g_sum_u: Tensor
     red: Tensor
     aux: Tensor
+    o_red: Tensor
 
 
 def _rows(p: Plan, padded: int, given: Inputs, up: _Upstream, d_scale: Tensor, to_scale: bool) -> _RowGradients:
@@ -63,29 +65,33 @@ def _rows(p: Plan, padded: int, given: Inputs, up: _Upstream, d_scale: Tensor, t
 def sweep_backward(
     g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, spec: Spec, need
 ) -> tuple[Tensor, ...]:
+    given = Inputs(x, w, labels, scale, tau, bias, index, rule_args)
+    up = _Upstream(g_red, g_cos_y, g_sum_u, red, aux, o_red)
     with on(x):
-        given = Inputs(x, w, labels, scale, tau, bias, index, rule_args)
-        p, need, up = plan(given, spec), Need(need), _Upstream(g_red, g_cos_y, g_sum_u, red, aux)
-        padded, nothing = p.padded(p.cut.gradient), given.new(0)
-        d_x = x.new_empty(x.shape) if need & Need.X else nothing
-        d_w = w.new_empty(p.classes * spec.sub_centers, p.dim) if need & Need.W else nothing
-        d_scale = scale.new_empty(p.batch) if need & Need.SCALE else nothing
-        d_bias = bias.new_empty(p.classes) if need & Need.BIAS else nothing
-        r = _rows(p, padded, given, up, d_scale, bool(need & Need.SCALE))
-        swept_o = given.new(*x.shape) if need & Need.X and o_red.dim() != 2 else None
-        if swept_o is not None and not p.classes:
-            swept_o.zero_()
-        if need & (Need.W | Need.BIAS) or swept_o is not None:
-            _sweep_chunks(p, given, r, up, _Results(d_w, d_bias, swept_o, bool(need & Need.W), bool(need & Need.BIAS)))
-        if need & Need.X:
-            flash = swept_o is None
-            run(
-                row_gradients.finish_x, ceil_div(p.batch, p.rows),
-                x, w, given.index_pointer, labels, o_red if flash else swept_o, r.coefficients[6 if flash else 4],
-                g_cos_y, r.target_row, d_x, p.batch, p.dim, *x.stride(), *w.stride(), step(labels), step(g_cos_y),
-                spec.ignore_index, HALF=p.half and not flash, WIDTH=p.width, **row_constants(p, given),
-            )  # fmt: skip
-        return d_x, d_w, d_scale, d_bias
+        return tuned("gradient", plan(given, spec), given, lambda p: _backward(p, given, up, Need(need)))
+
+
+def _backward(p: Plan, given: Inputs, up: _Upstream, need: Need) -> tuple[Tensor, ...]:
+    x, w, labels = given[:3]
+    padded, nothing, flash = p.padded(p.backward_tile), given.new(0), up.o_red.dim() == 2
+    d_x = x.new_empty(x.shape) if need & Need.X else nothing
+    d_w = w.new_empty(p.classes * p.spec.sub_centers, p.dim) if need & Need.W else nothing
+    d_scale = given.scale.new_empty(p.batch) if need & Need.SCALE else nothing
+    d_bias = given.bias.new_empty(p.classes) if need & Need.BIAS else nothing
+    r = _rows(p, padded, given, up, d_scale, bool(need & Need.SCALE))
+    o = given.new(*x.shape) if need & Need.X and not flash else None
+    if o is not None and not p.classes:
+        o.zero_()
+    if p.classes and (need & (Need.W | Need.BIAS) or o is not None):
+        _sweep_chunks(p, given, r, up, _Results(d_w, d_bias, o, bool(need & Need.W), bool(need & Need.BIAS)))
+    if need & Need.X:
+        run(
+            row_gradients.finish_x, ceil_div(p.batch, p.rows),
+            x, w, given.index_pointer, labels, up.o_red if flash else o, r.coefficients[6 if flash else 4], up.g_cos_y,
+            r.target_row, d_x, p.batch, p.dim, *x.stride(), *w.stride(), step(labels), step(up.g_cos_y),
+            p.spec.ignore_index, HALF=p.half and not flash, WIDTH=p.width, **row_constants(p, given),
+        )  # fmt: skip
+    return d_x, d_w, d_scale, d_bias
 
 
 class _Results(NamedTuple):
@@ -121,7 +127,7 @@ class _Buffers(NamedTuple):
 
 def _sweep_chunks(p: Plan, given: Inputs, r: _RowGradients, up: _Upstream, to: _Results) -> None:
     """G of a chunk of classes at a time, and the products with it; o is added up over the chunks in their order."""
-    tile = p.cut.gradient
+    tile = p.backward_tile
     padded, centers, of_g = p.padded(tile), p.spec.sub_centers, to.to_w or to.o is not None
     operands = prologue(p, padded, given, cosine=False)[1]
     chunk = _chunk_classes(p, tile)

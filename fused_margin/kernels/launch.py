@@ -13,6 +13,7 @@ from ..margins.forms import KINDS
 from ..spec import Aux, Rows, Spec, Want
 from . import forward, margins, rows
 from .plan import Inputs, Plan, ceil_div, on, plan, power_of_two, row_constants, run, step, sweep_constants
+from .tune import tuned
 
 _MOST_SPLITS = 256
 _LOSS_ROWS = 1024
@@ -70,7 +71,11 @@ class _Swept(NamedTuple):
 
 
 def _sweep(p: Plan, given: Inputs, threshold=_NO_FORM) -> _Swept:
-    tile = p.cut.flash if p.flash else p.cut.sweep
+    return tuned("flash" if p.flash else "sweep", p, given, lambda chosen: _sweep_as_planned(chosen, given, threshold))
+
+
+def _sweep_as_planned(p: Plan, given: Inputs, threshold) -> _Swept:
+    tile = p.forward_tile
     padded = p.padded(tile)
     cos_y, operands = prologue(p, padded, given, threshold)
     tiles = ceil_div(p.classes, p.tile_classes(tile))

@@ -89,7 +89,7 @@ def transform(c, m1, m2, m3, cos_m2, sin_m2, past, KIND: tl.constexpr, TAIL: tl.
     return value - m3, slope
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "ignore_index"])
 def row_loss(
     labels,
     scale,

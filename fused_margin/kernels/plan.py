@@ -46,7 +46,7 @@ class Inputs(NamedTuple):
 
     @property
     def index_pointer(self) -> Tensor:  # any tensor stands for one that is not there and not read
-        return self.labels if self.index is None else self.index
+        return self.labels if self.index is None else self.index.contiguous()
 
     def or_any(self, t: Tensor | None) -> Tensor:
         return self.x if t is None else t
@@ -94,6 +94,20 @@ class Plan(NamedTuple):
     def half(self) -> bool:
         return self.operand == torch.float16
 
+    @property
+    def forward_tile(self) -> Tile:
+        """Half as wide where the sweep carries further sums of each row, which need registers."""
+        more = self.spec.want & (Want.SUM | Want.STATS | Want.DSCALE)
+        return self._narrow(self.cut.flash if self.flash else self.cut.sweep, bool(more))
+
+    @property
+    def backward_tile(self) -> Tile:
+        return self._narrow(self.cut.gradient, False)
+
+    def _narrow(self, tile: Tile, more: bool) -> Tile:
+        heavy = more or self.spec.reduction == "softplus"
+        return tile._replace(slots=max(tile.slots // 2, self.group, 16)) if heavy else tile
+
     def padded(self, tile: Tile) -> int:
         return max(ceil_div(self.batch, tile.rows), 1) * tile.rows
 
@@ -106,7 +120,8 @@ def plan(given: Inputs, spec: Spec) -> Plan:
     operand = spec.compute_dtype
     w_rows = (given.w if given.index is None else given.index).shape[0]
     cut = device.half if operand.itemsize == 2 else device.full
-    return Plan(device, cut, *given.x.shape, w_rows // spec.sub_centers, operand, spec)
+    batch, dim = given.x.shape
+    return Plan(device, cut, batch, int(dim), w_rows // spec.sub_centers, operand, spec)
 
 
 def row_constants(p: Plan, given: Inputs) -> dict:

@@ -40,7 +40,7 @@ def _largest_factor(scale, g_red, g_sum, scale_step, g_red_step, g_sum_step, bat
     return power_of_two(tl.max(top, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "classes", "first_class", "ignore_index"])
 def backward_rows(
     x,
     w,
@@ -139,7 +139,7 @@ def backward_rows(
         tl.store(d_scale + i, d_s.to(d_scale.dtype.element_ty), mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "ignore_index"])
 def finish_x(
     x,
     w,

@@ -49,7 +49,7 @@ def source_row(row, index, INDEXED: tl.constexpr):
     """Where in w a row lies of those that are read; of -1, some row."""
     source = tl.maximum(row, 0).to(tl.int64)
     if INDEXED:
-        source = tl.load(index + source, mask=row >= 0, other=0)
+        source = tl.load(index + source, mask=row >= 0, other=0).to(tl.int64)
     return source
 
 
@@ -82,7 +82,7 @@ def _folded_rest(s, hi):
     return ((s_hi * c_hi - hi) + (s - s_hi) * c_hi) + s * c_lo
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "classes", "first_class", "ignore_index"])
 def prologue(
     x,
     w,
@@ -161,7 +161,7 @@ def _partial(state, number, i, padded, split, splits, batch, other):
     return tl.load(at, mask=(i < batch)[:, None] & (split < splits)[None, :], other=other)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "splits"])
 def epilogue(
     state,
     o,

@@ -26,7 +26,7 @@ def tile_rows(
     j_row = tl.minimum(j_class, classes - 1) * CENTERS + tl.minimum(center, CENTERS - 1)
     j_source = j_row.to(tl.int64)
     if INDEXED:
-        j_source = tl.load(index + j_source)
+        j_source = tl.load(index + j_source).to(tl.int64)
     return j_class, j_row, j_source, valid
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..angles import safe_angle
 from ..rules import Rule
-from .angular import TAILS, ArcFace
-from .base import GRADIENTS, Margin, PerClass, PerSample, RowStats, StatefulMargin, choice, number
+from .angular import TAILS, ArcFace, largest
+from .base import GRADIENTS, Margin, PerClass, PerSample, RowStats, StatefulMargin, choice, class_counts, count, number
 from .softmax import CosFace
 
 
@@ -21,7 +21,7 @@ from .softmax import CosFace
 class _Ada(Margin):
     """AdaFace with q, each row's quality in [-1, 1]."""
 
-    m: float
+    m: float | Tensor
     q: PerSample
     eps: float
     gradient: str = field(default="exact", kw_only=True)
@@ -42,8 +42,9 @@ class AdaFace(StatefulMargin):
     Equivalent to: `q = clip(h (|x| - mean) / (std + eps), -1, 1)`, a constant in the gradient, with |x| clipped to
     [1e-3, 100]; `T = cos(clip(theta - m q, eps, pi - eps)) - (m + m q)`, all cosines clipped to +-(1 - eps) first. In
     training mode, before use, mean and std (unbiased) move towards those of the batch by `rate`.
-    Args: m >= 0 (0.4), h > 0 (0.333), rate in [0, 1] (0.01), eps (1e-3). State: `mean` 20, `std` 100 at first.
-    Source: Kim et al. 2022, AdaFace (arXiv 2204.00964) eqs. 13-16 and its code; s = 64.
+    Args: m >= 0 (0.4), a float or a 0-dim tensor; h > 0 (0.333), rate in [0, 1] (0.01), eps (1e-3). State: `mean` 20,
+        `std` 100 at first.
+    Source: Kim et al. 2022, AdaFace (arXiv 2204.00964) and its code; s = 64.
     """
 
     needs = ("norm",)
@@ -51,14 +52,20 @@ class AdaFace(StatefulMargin):
     constants = True
 
     def __init__(
-        self, m: float = 0.4, h: float = 0.333, rate: float = 0.01, eps: float = 1e-3, *, gradient: str = "exact"
+        self,
+        m: float | Tensor = 0.4,
+        h: float = 0.333,
+        rate: float = 0.01,
+        eps: float = 1e-3,
+        *,
+        gradient: str = "exact",
     ) -> None:
         super().__init__(gradient)
-        number("m", m, 0, math.pi / 2)
+        self.hold("m", m, 0, math.pi / 2)
         number("h", h, 1e-6)
         number("rate", rate, 0, 1)
         number("eps", eps, 0, 0.1)
-        self.m, self.h, self.rate, self.eps = m, h, rate, eps
+        self.h, self.rate, self.eps = h, rate, eps
         self.register_buffer("mean", torch.tensor(20.0))
         self.register_buffer("std", torch.tensor(100.0))
 
@@ -86,7 +93,7 @@ class MagFace(Margin):
     Equivalent to: `a = clip(|x|, l_a, u_a)`, `m = l_m + (u_m - l_m) (a - l_a) / (u_a - l_a)`, `T` of
     `ArcFace(m, tail)`, and `weight (a / u_a^2 + 1 / a)` added to each row's loss.
     Args: l_a < u_a norms (10, 110), l_m <= u_m radians (0.45, 0.8), weight >= 0 (35), tail (easy, as its code).
-    Source: Meng et al. 2021, MagFace (arXiv 2103.06627) eqs. 3-4 and its code; s = 64.
+    Source: Meng et al. 2021, MagFace (arXiv 2103.06627) and its code; s = 64.
     """
 
     l_a: float = 10.0
@@ -101,11 +108,12 @@ class MagFace(Margin):
     needs: ClassVar[tuple[str, ...]] = ("norm",)
 
     def __post_init__(self) -> None:
-        for name, low, high in (("l_a", 1e-6, math.inf), ("l_m", 0, math.pi), ("u_m", 0, math.pi), ("weight", 0, 1e6)):
+        choice("tail", self.tail, TAILS)
+        for name, low, high in (("l_a", 1e-6, math.inf), ("l_m", 0, math.pi), ("weight", 0, 1e6)):
             number(name, getattr(self, name), low, high)
         number("u_a", self.u_a, self.l_a * (1 + 1e-6), math.inf, "the norms' upper end lies above l_a")
-        number("u_m", self.u_m, self.l_m, math.pi, "the margin grows with the norm")
-        choice("tail", self.tail, TAILS)
+        end, why = largest(self.tail)
+        number("u_m", self.u_m, self.l_m, end, f"the margin grows with the norm{why and ', and '}{why}")
         choice("gradient", self.gradient, GRADIENTS)
 
     def prepare(self, rows: RowStats, labels: Tensor) -> MagFace:
@@ -123,10 +131,10 @@ class ElasticFace(StatefulMargin):
     """A margin drawn anew for each row and step; in eval mode its mean.
 
     Equivalent to: `ArcFace(fm.PerSample(m + sigma * torch.randn(B)))` (kind "arc"), or `CosFace` of that ("cos").
-    Args: m, sigma >= 0 (0.5, 0.05; for "cos" 0.35, 0.05). plus: rows whose target is nearer get the smaller of the
-        margins drawn (ElasticFace+, sigma 0.0175 and 0.02), as the paper says; its code puts the sorted margins in the
-        order of the sorting, not of the ranks. tail: of ArcFace ("raw", as its code).
-    Source: Boutros et al. 2022, ElasticFace (arXiv 2109.09416) eqs. 6-7; s = 64. Draws come from torch's generator of
+    Args: m (0.5; for "cos" 0.35), a float or a 0-dim tensor; sigma >= 0 (0.05). plus: rows whose target is nearer get
+        the smaller of the margins drawn (ElasticFace+, sigma 0.0175 and 0.02), as the paper says; its code puts the
+        sorted margins in the order of the sorting, not of the ranks. tail: of ArcFace ("raw", as its code).
+    Source: Boutros et al. 2022, ElasticFace (arXiv 2109.09416); s = 64. Draws come from torch's generator of
     the device: `torch.manual_seed` repeats them.
     """
 
@@ -134,7 +142,7 @@ class ElasticFace(StatefulMargin):
 
     def __init__(
         self,
-        m: float | None = None,
+        m: float | Tensor | None = None,
         sigma: float = 0.05,
         kind: str = "arc",
         plus: bool = False,
@@ -145,14 +153,13 @@ class ElasticFace(StatefulMargin):
         super().__init__(gradient)
         choice("kind", kind, ("arc", "cos"))
         choice("tail", tail, TAILS)
-        self.m = {"arc": 0.5, "cos": 0.35}[kind] if m is None else m
-        number("m", self.m, 0, math.pi)
+        self.hold("m", {"arc": 0.5, "cos": 0.35}[kind] if m is None else m, 0, math.pi)
         number("sigma", sigma, 0, 1)
         self.sigma, self.kind, self.plus, self.tail = sigma, kind, plus, tail
         self.needs = ("cos_y",) if plus else ()
 
     def prepare(self, rows: RowStats, labels: Tensor) -> Margin:
-        m = torch.full(labels.shape, float(self.m), dtype=rows.dtype, device=labels.device)
+        m = torch.zeros(labels.shape, dtype=rows.dtype, device=labels.device) + self.m
         if self.training:
             m = m + self.sigma * torch.randn_like(m)
         if self.plus and self.training:
@@ -181,7 +188,7 @@ class AdaMSoftmax(StatefulMargin):
 
     Equivalent to: `T = c - m[label]` and `weight (1 - m.mean())` added to the loss; m is kept in [0, 1].
     Args: num_classes, low, high: m starts uniform in [low, high] (0.3, 0.4), weight >= 0 (70). Parameter: `m` [C].
-    Source: Liu et al. 2019, AdaptiveFace (CVPR 2019) eqs. 3-6; s = 30. For a margin that learns without penalty give
+    Source: Liu et al. 2019, AdaptiveFace (CVPR 2019); s = 30. For a margin that learns without penalty give
     `CosFace` or `ArcFace` an nn.Parameter.
     """
 
@@ -189,6 +196,7 @@ class AdaMSoftmax(StatefulMargin):
         self, num_classes: int, low: float = 0.3, high: float = 0.4, weight: float = 70.0, *, gradient: str = "exact"
     ) -> None:
         super().__init__(gradient)
+        count("num_classes", num_classes)
         number("low", low, 0, 1)
         number("high", high, low, 1)
         number("weight", weight, 0)
@@ -212,9 +220,7 @@ def margins_by_count(counts: Tensor, low: float = 0.05, high: float = 0.5, power
     number("low", low)
     number("high", high, low, math.inf, "rarer classes get the larger margin")
     number("power", power, 0)
-    if counts.dim() != 1 or not counts.numel():
-        raise ValueError(f"counts have shape {list(counts.shape)}; expected [C], the number of samples of each class")
-    rarity = counts.to(torch.get_default_dtype()).clamp_min(1) ** -power
+    rarity = class_counts(counts).clamp_min(1) ** -power
     span = (rarity.max() - rarity.min()).clamp_min(torch.finfo(rarity.dtype).tiny)
     return PerClass(low + (high - low) * (rarity - rarity.min()) / span)
 
@@ -229,7 +235,8 @@ class KappaFace(StatefulMargin):
     the first end_epoch all k are 0.
     Args: counts [C] samples of each class; m (0.8), temperature T (0.4), gamma (0.7). State: `kappa`, and the sums of
         the running epoch.
-    Source: Oinar et al. 2023, KappaFace (arXiv 2201.07394) eqs. 6-11; s = 64.
+    Source: Oinar et al. 2023, KappaFace (arXiv 2201.07394) and its code, which takes w = 0.5 for all classes before the
+    first end_epoch; s = 64.
     """
 
     additive = False
@@ -251,7 +258,8 @@ class KappaFace(StatefulMargin):
         number("gamma", gamma, 0, 1)
         choice("tail", tail, TAILS)
         self.m, self.temperature, self.gamma, self.tail = m, temperature, gamma, tail
-        counts = torch.as_tensor(counts).to(torch.get_default_dtype())
+        counts = class_counts(counts)
+        count("embedding_size", embedding_size)
         self.register_buffer("counts", counts)
         self.register_buffer("kappa", torch.zeros_like(counts))
         self.register_buffer("sums", counts.new_zeros(len(counts), embedding_size))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -47,14 +48,19 @@ class ArcFace(Margin):
     additive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        number("m", self.m, 0, math.pi)
         choice("tail", self.tail, TAILS)
+        number("m", self.m, 0, *largest(self.tail))
         choice("gradient", self.gradient, GRADIENTS)
 
     def target(self, cos_y: Tensor) -> Tensor:
         cos_m, sin_m = cos_of(self.m), sin_of(self.m)
         beyond = cos_y < -cos_m  # theta + m > pi
         return _tail(self.tail, cos_y, cos_y * cos_m - safe_sine(cos_y) * sin_m, beyond, -cos_m, self.m * sin_m)
+
+
+def largest(tail: str | None) -> tuple[float, str]:
+    """The largest margin in radians, and why."""
+    return (math.pi / 2, "beyond pi / 2 the easy margin's T rises with the angle") if tail == "easy" else (math.pi, "")
 
 
 def _tail(tail: str, c: Tensor, value: Tensor, beyond: Tensor, joint: float | Tensor, drop: float | Tensor) -> Tensor:
@@ -133,6 +139,8 @@ class CombinedMargin(Margin):
         if self.tail is None:
             object.__setattr__(self, "tail", "linear" if plain else "continuous")
         choice("tail", self.tail, TAILS)
+        if self.tail == "easy" and isinstance(self.m1, Real):
+            number("m2", self.m2, 0, math.pi * (1 - self.m1 / 2), "where m1 theta + m2 > pi, T rises")
         if self.tail == "linear" and not plain:
             raise ValueError(f"tail='linear' is defined for m1 = 1, got m1 = {self.m1!r}; choose one of the others")
         choice("gradient", self.gradient, GRADIENTS)
@@ -189,12 +197,19 @@ class Annealed(Wrapper):
     base: Margin
     lam: float | Tensor = 5.0
     gradient: str | None = field(default=None, kw_only=True)  # None: the base's
-    additive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         one_for_all("lam", self.lam)
         number("lam", self.lam, 0)
-        self._take_base()
+        self._take_base(products=True)
+
+    @property
+    def additive(self) -> bool:
+        return self.base.additive
+
+    @property
+    def products(self) -> bool:
+        return self.base.products
 
     def target(self, cos_y: Tensor) -> Tensor:
         return (self.lam * cos_y + self.base.target(cos_y)) / (1 + self.lam)
@@ -207,7 +222,7 @@ class LSoftmax(Margin):
     Equivalent to: `T = n psi(theta)`, n = |x| |w_y|, on products `x . w` (`normalize_embeddings=False,
     normalize_weight=False, scale=1`); psi as in `SphereFace`. The gradient through |w_y| makes a second tensor [C, D].
     Args: m >= 1 (default 4).
-    Source: Liu et al. 2016, Large-Margin Softmax (arXiv 1612.02295) eqs. 4-6; there annealed as `Annealed` does.
+    Source: Liu et al. 2016, Large-Margin Softmax (arXiv 1612.02295) eqs. 4-6, annealed: `Annealed(LSoftmax())`.
     """
 
     m: RowParameter = 4

@@ -116,6 +116,20 @@ def number(name: str, value: RowParameter, low: float = -math.inf, high: float =
         raise ValueError(f"{name} = {value!r}; expected {bounds}{f': {why}' if why else ''}")
 
 
+def count(name: str, value: int, low: int = 1, why: str = "") -> None:
+    """A number of classes or dimensions."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} = {value!r}; expected an integer, at least {low}{f': {why}' if why else ''}")
+
+
+def class_counts(counts: Tensor) -> Tensor:
+    """The number of samples of each class, as floats [C]."""
+    counts = torch.as_tensor(counts).to(torch.get_default_dtype())
+    if counts.dim() != 1 or not counts.numel():
+        raise ValueError(f"counts have shape {list(counts.shape)}; expected [C], the number of samples of each class")
+    return counts
+
+
 def one_for_all(name: str, value: float | Tensor) -> None:
     """A parameter of the rivals has one value for all classes and rows, and gets no gradient."""
     if isinstance(value, (PerClass, PerSample)) or (isinstance(value, Tensor) and value.dim()):
@@ -151,6 +165,7 @@ class Margin:
     gradient: str = "exact"
     additive: ClassVar[bool] = True  # T has a meaning for products that are no cosines; not so for margins on angles
     reduction: ClassVar[str] = "logsumexp"  # of the rivals; "softplus": no softmax couples the classes
+    softmax: ClassVar[bool] = True  # the loss of a row is a cross-entropy over the classes
     products: ClassVar[bool] = False  # works on raw products x . w, not on cosines
     masked: ClassVar[bool] = False  # N jumps at a threshold
     constants: ClassVar[bool] = False  # a factor of T or N depends on x or w, and is a constant in the gradient
@@ -278,6 +293,21 @@ class StatefulMargin(nn.Module, Margin):
         state.copy_(new)
         return new
 
+    def hold(self, name: str, value: float | Tensor, low: float, high: float) -> None:
+        """Keeps a hyper-parameter: a number, or a 0-dim tensor, which becomes a buffer and may change in a training."""
+        one_for_all(name, value)
+        number(name, value, low, high)
+        if isinstance(value, Tensor):
+            self.register_buffer(name, value)
+        else:
+            setattr(self, name, value)
+
+    def same_classes(self, made_for: int, rows: RowStats) -> None:
+        """Raises where the margin was made for another number of classes."""
+        if made_for != rows.num_classes:
+            name = type(self).__name__
+            raise ValueError(f"{name} was made for {made_for} classes, and the head has {rows.num_classes}")
+
     def forward(self, *args: object) -> None:
         raise TypeError(f"{type(self).__name__} is a margin: pass it to a head or to margin_cross_entropy")
 
@@ -300,9 +330,11 @@ class Wrapper(Margin):
     def penalty(self) -> Tensor | float:
         return self.base.penalty()
 
-    def _take_base(self) -> None:
+    def _take_base(self, products: bool = False) -> None:
         """Makes the base a margin, and takes its gradient where none was given."""
         object.__setattr__(self, "base", as_margin(self.base))
+        if self.base.products and not products:
+            raise TypeError(f"base = {type(self.base).__name__} works on products of raw rows; expected one on cosines")
         if self.base.masked or self.base.reduction != "logsumexp" or self.base.rule() != IDENTITY:
             raise TypeError(f"base = {type(self.base).__name__} has a rival rule of its own; expected one without")
         if self.gradient is None:

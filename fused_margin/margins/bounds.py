@@ -30,7 +30,8 @@ class EqM(Margin):
     eq. 7. offset=0 is the other reading of it; a toy run spoke for t1 - t2, as offset=0 depends on the scale.
     Args: -1 <= t2 < t1 <= 1 (the paper's values are unknown; ours are 0.75 and 0.25), offset: None for t1 - t2; each a
         float or a 0-dim tensor, which may change during a training.
-    Source: Sun et al. 2020, Equalized Margin loss (IEEE TMM, DOI 10.1109/TMM.2020.2966863).
+    Source: Sun et al. 2020, An Equalized Margin Loss for Face Recognition (IEEE TMM, DOI 10.1109/TMM.2020.2966863; UCL
+    Discovery 10089852 is an open copy, which was not read for this).
     """
 
     t1: float | Tensor = 0.75
@@ -90,7 +91,7 @@ class CircleLoss(Margin):
     Equivalent to: `T = relu(1 + m - c) (c - (1 - m))`, `N = relu(c + m) (c - m)`, both weights constants in
     the gradient.
     Args: m in [0, 1) (default 0.25), a float or a 0-dim tensor. The scale is the paper's gamma, 256 there.
-    Source: Sun et al. 2020, Circle loss (arXiv 2002.10857) eqs. 5-8.
+    Source: Sun et al. 2020, Circle loss (arXiv 2002.10857), with class-level labels.
     """
 
     m: float | Tensor = 0.25

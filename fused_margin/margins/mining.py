@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ..angles import safe_sine
 from ..rules import Rule
-from .angular import ArcFace
+from .angular import ArcFace, largest
 from .base import (
     GRADIENTS,
     Margin,
@@ -70,7 +71,7 @@ class MVSoftmax(Margin):
     `N = (t + 1) c + t` (mode "adaptive") or `c + t` ("fixed") where `c_j > f(cos_y)`, else c.
     Args: m (default 0.35), t >= 0 (default 0.2; that of SV-Softmax is 1 + t). easy: "zero" takes T = c where c <= 0
         (the authors' code), "margin" where c <= m (FaceX-Zoo), None nowhere; the mask uses f in any case.
-    Source: Wang et al. 2020, MV-Softmax (arXiv 1912.00833) eqs. 6-9; s = 32.
+    Source: Wang et al. 2020, MV-Softmax (arXiv 1912.00833) and its code; s = 32.
     """
 
     t: float | Tensor = 0.2
@@ -85,10 +86,10 @@ class MVSoftmax(Margin):
     def __post_init__(self) -> None:
         one_for_all("t", self.t)
         number("t", self.t, 0)
-        number("m", self.m, 0, math.pi)
         choice("kind", self.kind, ("am", "arc"))
         choice("mode", self.mode, ("adaptive", "fixed"))
         choice("easy", self.easy, ("zero", "margin", None))
+        number("m", self.m, 0, *largest("easy" if self.easy and self.kind == "arc" else None))
         choice("gradient", self.gradient, GRADIENTS)
 
     def threshold(self, cos_y: Tensor) -> Tensor:
@@ -129,19 +130,20 @@ class CurricularFace(StatefulMargin):
 
     Equivalent to: `T` of `ArcFace(m)`, `N = c (t + c) where c > cos(theta_y + m), else c`, and in training mode, before
     use, `t = (1 - rate) t + rate mean(cos_y)`, t a constant in the gradient.
-    Args: m in radians in [0, pi] (default 0.5), rate in [0, 1] (default 0.01). State: `t`, 0 at first.
-    Source: Huang et al. 2020, CurricularFace (arXiv 2004.00288) eqs. 8-10 and its code; s = 64.
+    Args: m in radians in [0, pi] (default 0.5), a float or a 0-dim tensor; rate in [0, 1] (default 0.01). State: `t`, 0
+        at first.
+    Source: Huang et al. 2020, CurricularFace (arXiv 2004.00288) and its code; s = 64.
     """
 
     needs = ("cos_y",)
     additive = False
     masked = True
 
-    def __init__(self, m: float = 0.5, rate: float = 0.01, *, gradient: str = "exact") -> None:
+    def __init__(self, m: float | Tensor = 0.5, rate: float = 0.01, *, gradient: str = "exact") -> None:
         super().__init__(gradient)
-        number("m", m, 0, math.pi)
+        self.hold("m", m, 0, math.pi)
         number("rate", rate, 0, 1)
-        self.m, self.rate = m, rate
+        self.rate = rate
         self.register_buffer("t", torch.zeros(()))
 
     def prepare(self, rows: RowStats, labels: Tensor) -> Margin:
@@ -158,7 +160,7 @@ class NPCFace(Margin):
 
     Equivalent to: `N = t c + a where c > cos(theta_y + m), else c`; `T = cos(theta + m0 + m1 h)` where c > 0, else c;
     h = the mean cosine of the row's hard rivals (0 without one), a constant in the gradient.
-    Args: m, m0 in radians in [0, pi], m1 >= 0, t >= 1, a >= 0 (defaults 0.5, 0.4, 0.2, 1.1, 0.2).
+    Args: m in radians in [0, pi]; m0, m1 >= 0, m0 + m1 <= pi / 2; t >= 1, a >= 0 (0.5, 0.4, 0.2, 1.1, 0.2).
     Source: Zeng et al. 2020, NPCFace (arXiv 2007.10172), as in FaceX-Zoo; s = 64.
     """
 
@@ -176,8 +178,9 @@ class NPCFace(Margin):
 
     def __post_init__(self) -> None:
         number("m", self.m, 0, math.pi)
-        number("m0", self.m0, 0, math.pi)
-        number("m1", self.m1, 0, math.pi)
+        number("m0", self.m0, 0, *largest("easy"))
+        end, why = largest("easy")
+        number("m1", self.m1, 0, end - self.m0 if isinstance(self.m0, Real) else end, f"m0 + m1 is a margin, and {why}")
         for name, low in (("t", 1), ("a", 0)):
             one_for_all(name, getattr(self, name))
             number(name, getattr(self, name), low)

@@ -27,7 +27,7 @@ class GASoftmax(Margin):
     linear: `1 - 2 theta / pi` | cosine: `cos` continued to fall (psi of `SphereFace`, so that N = c) |
     sigmoid: `A (1 - e) / (1 + e)`, `e = exp(theta / k - h)`, `A = (1 + exp(-h)) / (1 - exp(-h))`, `h = pi / (2 k)`.
     Args: m >= 1 (1.5), k > 0 for sigmoid (0.5). Linear and sigmoid have no kernel.
-    Source: Liu et al. 2017, Deep Hyperspherical Learning (arXiv 1711.03189) sec. 3; scale="norm" there. Its public code
+    Source: Liu et al. 2017, Deep Hyperspherical Learning (arXiv 1711.03189); scale="norm" there. Its public code
     leaves the factor m out of the gradient.
     """
 
@@ -50,8 +50,9 @@ class GASoftmax(Margin):
         angle = self.m * safe_angle(cos_y)
         if self.kind == "linear":
             return 1 - 2 * angle / math.pi
-        k = torch.as_tensor(self.k, dtype=cos_y.dtype, device=cos_y.device)
-        return torch.tanh((math.pi / 2 - angle) / (2 * k)) / torch.tanh(math.pi / (4 * k))
+        edge = math.pi / (4 * self.k)
+        edge = torch.tanh(edge) if isinstance(edge, Tensor) else math.tanh(edge)
+        return torch.tanh((math.pi / 2 - angle) / (2 * self.k)) / edge
 
     def rule(self) -> Rule:
         rules = {"linear": Rule("angle", (1.0, -2 / math.pi, 0.0)), "sigmoid": Rule("angle_sigmoid", (self.k,))}
@@ -64,7 +65,7 @@ class LiArcFace(Margin):
 
     Equivalent to: `T = 1 - 2 (theta + m) / pi`, `N = 1 - 2 theta / pi` (rivals "angle", no kernel) or c ("cosine").
     Args: m >= 0 in radians (0.45).
-    Source: Li et al. 2019, AirFace (arXiv 1907.12256) eq. 5; s = 64.
+    Source: Li et al. 2019, AirFace (arXiv 1907.12256); s = 64.
     """
 
     m: RowParameter = 0.45
@@ -90,7 +91,7 @@ class QAMFace(Margin):
 
     Equivalent to: `T = (2 pi - theta - m)^2`, `N = (2 pi - theta)^2`
     Args: m in radians in [0, pi] (0.5: beyond pi T would rise with the angle).
-    Source: Zhao et al. 2020, QAMFace, and its code; s = 6, for logits up to 39.5 s.
+    Source: Zhao et al. 2020, QAMFace (ICIP 2020), formula and defaults from its code; s = 6, logits reach 39.5 s.
     """
 
     m: RowParameter = 0.5
@@ -173,7 +174,7 @@ class SFace(Margin):
     Equivalent to: `loss = s (sum_j r_j c_j - r_y c_y)`, `r_y = sigmoid(k (theta_y - a))`,
     `r_j = sigmoid(-k (theta_j - b))`, both constants in the gradient. No softmax, and no kernel.
     Args: k > 0 (80), a, b in radians (0.8, 1.23).
-    Source: Zhong et al. 2021, SFace (arXiv 2205.12010) eqs. 8-11; s = 64.
+    Source: Zhong et al. 2021, SFace (IEEE TIP, arXiv 2205.12010) and its code; s = 64.
     """
 
     k: float | Tensor = 80.0
@@ -182,6 +183,7 @@ class SFace(Margin):
     gradient: str = field(default="exact", kw_only=True)
     additive: ClassVar[bool] = False
     constants: ClassVar[bool] = True
+    softmax: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("sum_u",)
 
     def __post_init__(self) -> None:
@@ -205,11 +207,13 @@ class P2SGrad(Margin):
     """The mean squared error of the cosines to one-hot, whose gradient is that of P2SGrad; no kernel.
 
     Equivalent to: `loss = s / 2 ((1 - c_y)^2 + sum_j c_j^2)`, so that d loss / d c_y = s (c_y - 1), d / d c_j = s c_j.
-    Source: Zhang et al. 2019, P2SGrad (arXiv 1905.02479) eqs. 12-13; s = 1.
+    Source: Zhang et al. 2019, P2SGrad (arXiv 1905.02479), which gives the gradient; as a squared error in Wang's NII
+    scripts and in pytorch-metric-learning, whose mean is over B x C. s = 1.
     """
 
     gradient: str = field(default="exact", kw_only=True)
     additive: ClassVar[bool] = False
+    softmax: ClassVar[bool] = False
     needs: ClassVar[tuple[str, ...]] = ("sum_u",)
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ class CosFace(Margin):
 
     Equivalent to: `T = c - m`
     Args: m in cosine units (default 0.35): a float, [C] per class or [B] per sample, with gradient if it asks for one.
-    Source: Wang et al. 2018, CosFace (arXiv 1801.09414) eq. 4; Wang et al. 2018, AM-Softmax (arXiv 1801.05599) eq. 6.
+    Source: Wang et al. 2018, CosFace (arXiv 1801.09414) eq. 4; Wang et al. 2018, AM-Softmax (arXiv 1801.05599).
     """
 
     m: RowParameter = 0.35

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..angles import softplus
 from ..rules import IDENTITY, Rule
 from .angular import ArcFace, clamped_multiple
-from .base import Margin, Outcome, RowStats, StatefulMargin, Whole, choice, number
+from .base import Margin, Outcome, RowStats, StatefulMargin, Whole, choice, count, number
 
 
 def _power(c: Tensor, t: float) -> Tensor:
@@ -36,6 +36,7 @@ class _Sphere2(Margin):
     gradient: str = field(default="exact", kw_only=True)
     additive: ClassVar[bool] = False
     reduction: ClassVar[str] = "softplus"
+    softmax: ClassVar[bool] = False
 
     def target(self, cos_y: Tensor) -> Tensor:
         if self.kind == "A":
@@ -64,11 +65,12 @@ class SphereFace2(StatefulMargin):
     "M": `z_y = s g(cos(min(m theta_y, pi))) + b`; in both `u_j = s g(c_j) + b`.
     Args: num_classes and scale, for the value that b starts with; m (C: 0.4, A: 0.5, M: 1.7), t >= 1 (3), balance in
         (0, 1) (0.7), weight > 0 (50; its config: 10). scale (40): give the head the same.
-    Source: Wen et al. 2022, SphereFace2 (arXiv 2108.01513) eqs. 4-8 and OpenSphere, which takes gradient="detached".
+    Source: Wen et al. 2022, SphereFace2 (arXiv 2108.01513) and OpenSphere, which takes gradient="detached".
     """
 
     additive = False
     reduction = "softplus"
+    softmax = False
 
     def __init__(
         self,
@@ -90,6 +92,8 @@ class SphereFace2(StatefulMargin):
         number("balance", balance, 1e-6, 1 - 1e-6)
         number("weight", weight, 1e-9)
         number("scale", scale, 1e-9)
+        count("num_classes", num_classes)
+        self.num_classes = num_classes
         self.kind, self.m, self.t, self.balance, self.weight = kind, m, t, balance, weight
         self.b = nn.Parameter(torch.tensor(self._start(num_classes, scale, m if kind == "C" else 0.0)))
 
@@ -104,6 +108,7 @@ class SphereFace2(StatefulMargin):
         return math.log(2 * ratio) - rival - math.log(rest)
 
     def prepare(self, rows: RowStats, labels: Tensor) -> Margin:
+        self.same_classes(self.num_classes, rows)
         b = Whole(self.b.to(rows.dtype))
         return _Sphere2(self.kind, self.m, self.t, self.balance, self.weight, b, gradient=self.gradient)
 
@@ -120,6 +125,7 @@ class _Uni(Margin):
     b: Whole  # 0-dim or [C]
     gradient: str = field(default="exact", kw_only=True)
     reduction: ClassVar[str] = "softplus"
+    softmax: ClassVar[bool] = False
 
     def target(self, cos_y: Tensor) -> Tensor:
         return cos_y - self.m
@@ -138,29 +144,33 @@ class UniFace(StatefulMargin):
     """Unified cross-entropy: one threshold b, learned, separates all target cosines from all rivals.
 
     Equivalent to: `loss = softplus(-(s (c_y - m) - b)) + weight sum_j softplus(s c_j - b)`
-    Args: num_classes, for the value log(10 C) that b starts with; m (0.4), weight > 0 (lambda, 1); per_class: a
-        threshold for each class, which is the binary cross-entropy. Parameter: `b` (its negative is the bias).
-    Source: Zhou et al. 2023, UniFace (ICCV 2023) eqs. 8-11 and its code; s = 64. Sampling of rivals is left out.
+    Args: num_classes, for the value log(10 C) that b starts with; m (0.4), a float or a 0-dim tensor; weight > 0 (1).
+        per_class: a threshold for each class, which is the binary cross-entropy. Parameter: `b`, the bias's negative.
+    Source: Zhou et al. 2023, UniFace (ICCV 2023) and its code; s = 64. Its sampling of rivals, and its clamp of the
+    exponents to [-s, s], are left out.
     """
 
     reduction = "softplus"
+    softmax = False
 
     def __init__(
         self,
         num_classes: int,
-        m: float = 0.4,
+        m: float | Tensor = 0.4,
         weight: float = 1.0,
         per_class: bool = False,
         *,
         gradient: str = "exact",
     ) -> None:
         super().__init__(gradient)
-        number("m", m, 0, 2)
+        self.hold("m", m, 0, 2)
         number("weight", weight, 1e-9)
-        self.m, self.weight = m, weight
+        count("num_classes", num_classes)
+        self.weight, self.num_classes = weight, num_classes
         self.b = nn.Parameter(torch.full((num_classes,) if per_class else (), math.log(10 * num_classes)))
 
     def prepare(self, rows: RowStats, labels: Tensor) -> Margin:
+        self.same_classes(self.num_classes, rows)
         return _Uni(self.m, self.weight, Whole(-self.b.to(rows.dtype)), gradient=self.gradient)
 
     def extra_repr(self) -> str:

@@ -12,7 +12,7 @@ from fused_margin.rules import CODES, Rule
 from fused_margin.spec import Want
 
 from ... import oracle
-from ...cases import covering
+from ...cases import MARGINS, MODES, check, covering, problem
 from ...error_rule import ErrorRule
 from ...test_primitive import ARGS, Inputs, expected_outputs, outputs
 
@@ -151,3 +151,37 @@ def test_sweep(rule, operands, reduction, part, unit_slope, layout, bias, dim):
     form, sums = part
     with use(device(form, slots=16 if rule in ("identity", "hard") else 32)):
         Sweep(rule, operands, layout, bias, dim).check(reduction, unit_slope, (0, 1, 2) if sums else (0, 1))
+
+
+def draws(margin, mode, **options):
+    return (problem(MARGINS[margin], MODES[mode], BATCH, CLASSES, 20, seed, **options) for seed in range(2))
+
+
+HEADS = [
+    *((margin, mode) for margin in ("arcface_linear", "sv_cosface") for mode in MODES if mode != "fp64"),
+    *((margin, "fp32") for margin in ("combined_clamp", "sphereface_4", "sphereface_real", "sv_sphereface")),
+    ("arcface_detached", "bf16"),
+]
+
+
+@pytest.mark.parametrize("margin, mode", HEADS)
+def test_heads(margin, mode):
+    """Whole heads through `functional`: losses of built-in margins from the row kernels, weights stored in 16 bit."""
+    with use(device("flash" if mode.endswith("weight") else "chunk")):
+        check(draws(margin, mode), "triton")
+
+
+@pytest.mark.parametrize("per", ["sample", "class"])
+def test_margins_and_scales_of_rows(form, per):
+    """They are tensors, so the work on [B] is PyTorch's."""
+    check(draws("cosface", "fp32", per=per, bias=True), "triton")
+
+
+@pytest.mark.usefixtures("chunks")
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize("layout", ["plain", "2 centers"])
+def test_several_chunks_and_rows_that_share_a_target(operands, layout):
+    with use(device()):
+        sweep = Sweep("identity", operands, layout)
+        sweep.labels[:] = sweep.labels[torch.tensor([0, 5, 2]).repeat(7)[:BATCH]]
+        sweep.check()
