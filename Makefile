@@ -22,8 +22,9 @@ test: build
 
 # Every proof of the GPU kernels, the slow ones too: under 10 minutes; and the tables of docs/gpu.md.
 test-gpu-without-gpu: build
-	@$(BIN)/python -m pytest -q -m "not gpu" tests/gpu_without_gpu
-	@$(BIN)/python -m tests.gpu_without_gpu.proof --write docs/gpu.md
+	@rm -rf build/proof
+	@FUSED_MARGIN_PROOF=build/proof $(BIN)/python -m pytest -q -m "not gpu" tests/gpu_without_gpu
+	@$(BIN)/python -m tests.gpu_without_gpu.proof build/proof --write docs/gpu.md
 	@$(BIN)/python -m bench.roofline --write docs/gpu.md
 
 # On a machine with a GPU, with a TORCH that sees it: is the Triton backend right, and how fast?

@@ -211,6 +211,8 @@ def draw(path: Path) -> None:
         axes.set_yscale("log")
         axes.grid(True, color=GRID)
         axes.legend(frameon=False, fontsize=8.5)
+    times.set_xticks([s[0] for s in batches], [str(s[0]) for s in batches])
+    times.minorticks_off()
     figure.text(
         0.01, 0.01, "A model from launch parameters and data sheets. No GPU has run.", fontsize=8.5, color="#666666"
     )

@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if not isinstance(item, RungItem):
         return None
     items = [i for i in item.session.items if isinstance(i, RungItem) and i.name == item.name]
-    if item is items[0] and not item.config.option.collectonly:
+    if item is items[0]:
         item.session.testscollected -= len(items)
         _run(item, [i.path for i in items])
     return True
@@ -84,34 +85,28 @@ def _run(item: RungItem, paths: list[Path]) -> None:
     """Run the files in a child and replay its reports; a child that dies is a failure of its own."""
     session, config = item.session, item.config
     receive, send = os.pipe()
-    child = subprocess.Popen(
-        _command(config, paths),
-        cwd=config.rootpath,
-        env={**os.environ, **RUNGS[item.name], CHANNEL: str(send)},
-        pass_fds=[send],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    os.close(send)
+    environment = {**os.environ, **RUNGS[item.name], CHANNEL: str(send)}
     finished = False
-    with os.fdopen(receive) as lines:
-        for line in lines:
-            message = json.loads(line)
-            finished |= message["kind"] == "end"
-            _replay(session, message)
-            if session.shouldfail or session.shouldstop:
-                child.terminate()
-    output = child.communicate()[0]
-    if not (finished or session.shouldfail or session.shouldstop):
-        _fail(item, f"the rung's process ended with {child.returncode}:\n{output}")
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen(
+            _command(config, paths), cwd=config.rootpath, env=environment, pass_fds=[send], stdout=output, stderr=output
+        )
+        os.close(send)
+        with os.fdopen(receive) as lines:
+            for line in lines:
+                message = json.loads(line)
+                finished |= message["kind"] == "end"
+                _replay(session, message)
+                if session.shouldfail or session.shouldstop:
+                    child.terminate()
+        child.wait()
+        output.seek(0)
+        if not (finished or session.shouldfail or session.shouldstop):
+            _fail(item, f"the rung's process ended with {child.returncode}:\n{output.read()}")
 
 
 def _replay(session: pytest.Session, message: dict) -> None:
     config = session.config
-    if message["kind"] == "warning":
-        config.issue_config_time_warning(pytest.PytestWarning(message["text"]), stacklevel=2)
-        return
     if message["kind"] == "end":
         return
     report = config.hook.pytest_report_from_serializable(config=config, data=message["report"])

@@ -26,9 +26,6 @@ class Sender:
     def pytest_sessionfinish(self) -> None:
         print(json.dumps({"kind": "end"}), file=self.file)
 
-    def pytest_warning_recorded(self, warning_message, when: str, nodeid: str) -> None:
-        print(json.dumps({"kind": "warning", "text": f"{nodeid}: {warning_message.message}"}), file=self.file)
-
 
 def pytest_configure(config: pytest.Config) -> None:
     if CHANNEL in os.environ:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from bench import cost
+from bench import cost, roofline
 
 from ... import cases
 from .. import steps
@@ -26,8 +26,8 @@ def modelled(device, shape, **options):
     return [(launch.name, cost.of_launch(launch)) for launch in launches]
 
 
-@pytest.mark.parametrize("flash", [0, 128], ids=["chunk", "flash"])
-@pytest.mark.parametrize("shape", [(20, 130, 64), (70, 96, 128)], ids=str)
+@pytest.mark.parametrize("flash", [0, pytest.param(128, marks=pytest.mark.slow)], ids=["chunk", "flash"])
+@pytest.mark.parametrize("shape", [(20, 130, 64), pytest.param((70, 96, 128), marks=pytest.mark.slow)], ids=str)
 def test_sweeping_kernels(shape, flash):
     """Exact: operations of the tensor cores, bytes read, bytes written."""
     device = steps.tiny(flash_width=flash)
@@ -40,6 +40,7 @@ def test_sweeping_kernels(shape, flash):
         assert (model[name].flops, model[name].read, model[name].written) == counts[1:], name
 
 
+@pytest.mark.slow
 def test_row_kernels():
     """Roughly, all together: B x D numbers beside C x D."""
     device, shape = steps.tiny(), (70, 130, 64)
@@ -62,3 +63,31 @@ def test_other_heads():
         ("div", size + 32, size, 0),
         ("sum", size, 4, 0),
     ]
+
+
+@pytest.mark.parametrize("classes", [10**5, 3 * 10**7])
+@pytest.mark.parametrize("arch", [80, 90, 120, "gfx942"])
+def test_launches(arch, classes):
+    """At most 4 forward and 4 a chunk of classes; one grid axis, within 2^31, at 30 million classes too."""
+    with recorded(arch) as launches:
+        steps.shaped_step(512, classes, 512, need=0)
+    assert [launch.name for launch in launches] == ["prologue", "sweep_kernel", "epilogue", "row_loss"]
+    names = [c.name for c in cost.of_fused_step(arch, 512, classes, 512)][4:]
+    chunks = names.count("gradient_kernel")
+    of_chunk = ["gradient_kernel", cost.GEMM, cost.GEMM, "finish_weights"]
+    assert names == ["backward_rows", "prologue", *of_chunk * chunks, "finish_x"]
+    with recorded(arch) as launches:
+        steps.shaped_step(512, classes, 512)
+    assert all(len(launch.grid) == 1 and launch.grid[0] < 2**31 for launch in launches)
+
+
+@pytest.mark.slow
+def test_the_model_says_that_it_is_one():
+    assert all("model" in text.lower() for text in (roofline.time_table(), roofline.launch_table()))
+    device = roofline.DEVICES["H100"]
+    for shape in roofline.SHAPES:
+        floor, *others = (
+            roofline.seconds(roofline.costs_of(method, device, shape), device)
+            for method in ("floor", *roofline.METHODS)
+        )
+        assert all(floor < other for other in others), shape

@@ -23,6 +23,10 @@ CASES = [  # arch, precision, configuration, tensor-core opcode, bytes that may 
 ]
 
 
+def slow(values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture(scope="module")
 def table(request):
     rows = []
@@ -45,7 +49,11 @@ def build(arch, prec, config):
     return driver, margin_ce.run(x, w, y, warmup=isinstance(arch, str), **config)[3]
 
 
-@pytest.mark.parametrize("arch, prec, config, tensor_op, spill_budget", CASES, ids=[f"{c[0]}-{c[1]}" for c in CASES])
+@pytest.mark.parametrize(
+    "arch, prec, config, tensor_op, spill_budget",
+    [slow(c) if c[0] in (100, 120) else c for c in CASES],
+    ids=[f"{c[0]}-{c[1]}" for c in CASES],
+)
 def test_budget(table, arch, prec, config, tensor_op, spill_budget):
     driver, compiled = build(arch, prec, config)
     r = fake_driver.resources(compiled)

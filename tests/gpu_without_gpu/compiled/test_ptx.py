@@ -19,14 +19,14 @@ def execute_with(arch, launch=launch):
 @pytest.mark.parametrize(
     "arch, dtype, prec, shape, low, high",
     [
-        (80, BF16, "ieee", (64, 64, 192), 0, 2e-5),
-        (80, BF16, "ieee", (33, 64, 208), 0, 2e-5),  # tails
+        pytest.param(80, BF16, "ieee", (64, 64, 192), 0, 2e-5, marks=pytest.mark.slow),
+        pytest.param(80, BF16, "ieee", (33, 64, 208), 0, 2e-5, marks=pytest.mark.slow),  # tails
         (80, BF16, "ieee", (33, 50, 130), 0, 2e-5),  # tails, and no 16-byte alignment
         (80, FP16, "ieee", (64, 64, 192), 0, 2e-5),
-        (80, FP32, "ieee", (64, 64, 192), 0, 2e-5),
+        pytest.param(80, FP32, "ieee", (64, 64, 192), 0, 2e-5, marks=pytest.mark.slow),
         (80, FP32, "tf32x3", (64, 64, 192), 0, 2e-5),
         (80, FP32, "tf32", (64, 64, 192), 5e-3, 5e-2),  # the real error of tf32 at s = 64
-        (120, BF16, "ieee", (64, 64, 192), 0, 2e-5),
+        pytest.param(120, BF16, "ieee", (64, 64, 192), 0, 2e-5, marks=pytest.mark.slow),
         (120, FP32, "tf32x3", (33, 64, 208), 0, 2e-5),
     ],
     ids=str,
@@ -95,7 +95,7 @@ def test_mutants_of_the_code():
     right = outcome()
     results = {name: outcome(mutant=mutant) for name, mutant in mutations.mutants(found[0])}
     reported = {name for name, result in results.items() if isinstance(result, str)}
-    assert all("race" in results[name] for name in reported)
+    assert all("race" in results[name] or "may still write" in results[name] for name in reported)
     assert all(map(torch.equal, right, result) for name, result in results.items() if name not in reported)
     assert len(results) > 15
     assert len(reported) > len(results) / 2

@@ -1,6 +1,7 @@
 """The PTX emulator on what nvcc emits: right numbers, and a planted missing barrier is found."""
 
 import functools
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from .. import ptxas
 from ..ptx import PTXError, launch
 
 NVCC = shutil.which("nvcc")
@@ -101,3 +103,14 @@ def test_nvcc_opcodes():
             low((p >> t) ^ ((q & 2**64 - 1) >> 7) ^ (p << 3), 64),
             int(a[t]) + int(b[t]),
         ], t
+
+
+def test_resources():
+    """What ptxas says of each kernel and architecture: nothing spills, the reduction has its barriers."""
+    command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-arch=sm_90", "-o", os.devnull, "example.cu"]
+    log = subprocess.run(command, cwd=Path(__file__).parent, text=True, check=True, stderr=subprocess.PIPE).stderr
+    rows = {row["kernel"]: row for row in ptxas.parse(log)}
+    assert len(rows) == 3
+    assert all(row["arch"] == "sm_90" and 0 < row["regs"] < 64 for row in rows.values())
+    assert all(row["spill_stores"] == row["spill_loads"] == 0 for row in rows.values())
+    assert [row["barriers"] for name, row in sorted(rows.items()) if "margin_ce_row" in name] == [1]

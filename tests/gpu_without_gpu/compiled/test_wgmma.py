@@ -15,6 +15,10 @@ from ..ptx.wgmma import operand_bytes
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
+def slow(*values):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def execute_with(execute=launch):
     triton.runtime.driver.set_active(fake_driver.FakeDriver(90, execute=execute))
 
@@ -24,8 +28,8 @@ def execute_with(execute=launch):
     [
         (BF16, "ieee", (64, 64, 128), (64, 128, 64), 4, 0, 2e-5),
         (BF16, "ieee", (100, 96, 208), (128, 64, 32), 8, 0, 2e-5),  # two warpgroups, tails
-        (BF16, "ieee", (100, 50, 130), (64, 128, 16), 4, 0, 2e-5),  # tails, and no 16-byte alignment
-        (FP16, "ieee", (64, 64, 128), (64, 128, 64), 8, 0, 2e-5),
+        slow(BF16, "ieee", (100, 50, 130), (64, 128, 16), 4, 0, 2e-5),  # tails, and no 16-byte alignment
+        slow(FP16, "ieee", (64, 64, 128), (64, 128, 64), 8, 0, 2e-5),
         (FP32, "tf32x3", (64, 64, 128), (64, 64, 32), 4, 0, 2e-5),
         (FP32, "tf32", (64, 64, 128), (64, 64, 32), 4, 5e-3, 5e-2),
     ],
@@ -60,7 +64,9 @@ def multiply(a, b, scale=False, warps=4):
     return d, compiled.asm["ptx"]
 
 
-@pytest.mark.parametrize("columns, depth", [(64, 16), (32, 32), (16, 64), (64, 128)])  # rows of 32, 64, 128 bytes
+@pytest.mark.parametrize(
+    "columns, depth", [(32, 32), (16, 64), slow(64, 16), slow(64, 128)]
+)  # rows of 32, 64, 128 bytes
 @pytest.mark.parametrize("a_contiguous, b_contiguous", [("k", "k"), ("k", "n"), ("m", "k"), ("m", "n")])
 def test_layouts(a_contiguous, b_contiguous, columns, depth):
     """Each operand along the depth or across it in memory, by descriptor and from registers."""
