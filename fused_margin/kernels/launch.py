@@ -17,7 +17,6 @@ from .tune import tuned
 
 _MOST_SPLITS = 256
 _LOSS_ROWS = 1024
-_LARGEST_POLYNOMIAL = 16  # as in csrc/margins.h
 _NO_FORM = ((0.0,) * 6, "", "")
 
 
@@ -137,7 +136,11 @@ def _form(packed: list[float]) -> tuple[tuple[float, ...], str, str]:
     """Of a packed form: m1, m2, m3 and what follows from them; its kind and tail as `margins.transform` has them."""
     kind, tail, (m1, m2, m3) = KINDS[int(packed[0])], TAILS[int(packed[1])], packed[2:]
     if kind == "multiple":
-        return (m1, m2, m3, 0.0, 0.0, 0.0), "whole multiple" if m1 in range(1, _LARGEST_POLYNOMIAL + 1) else kind, ""
+        return (
+            (m1, m2, m3, 0.0, 0.0, 0.0),
+            "whole multiple" if m1 in range(1, int(margins.LARGEST_POLYNOMIAL) + 1) else kind,
+            "",
+        )
     if kind == "cosine":
         return (m1, m2, m3, 0.0, 0.0, 0.0), kind, ""
     past = math.cos((math.pi - m2) / m1) + 1 if tail == "continuous" else m2 * math.sin(m2)

@@ -11,6 +11,7 @@ from .rival import softplus
 
 PI = tl.constexpr(3.14159265358979323846)
 SINE_FLOOR = tl.constexpr(1e-3)  # as in fused_margin/angles.py
+LARGEST_POLYNOMIAL = tl.constexpr(16)  # as in csrc/margins.h
 
 
 @triton.jit
@@ -35,16 +36,20 @@ def _multiple(c, m, floored, WHOLE: tl.constexpr):
     """psi = (-1)^k cos(m theta) - 2 k, k = floor(m theta / pi); of a whole m without an angle."""
     k = tl.zeros(c.shape, tl.float32)
     if WHOLE:
+        whole = k + m
+        segment = (k + PI) / whole  # of the angle, for each k
         value = c
         slope = tl.full(c.shape, 1.0, tl.float32)
         before = slope
         slope_before = k
-        for i in range(1, m.to(tl.int32)):
-            k += tl.where(c <= tl.cos(i * PI / m), 1.0, 0.0)
+        for i in range(1, LARGEST_POLYNOMIAL):
+            more = whole > i
+            k += tl.where(more & (c <= tl.cos(segment * i)), 1.0, 0.0)
             following = 2 * c * value - before
             slope_following = 2 * value + 2 * c * slope - slope_before
             before, slope_before = value, slope
-            value, slope = following, slope_following
+            value = tl.where(more, following, value)
+            slope = tl.where(more, slope_following, slope)
     else:
         angle = arccosine(c) * m
         k = tl.floor(angle / PI)

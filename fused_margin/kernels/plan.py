@@ -96,17 +96,19 @@ class Plan(NamedTuple):
 
     @property
     def forward_tile(self) -> Tile:
-        """Half as wide where the sweep carries further sums of each row, which need registers."""
-        more = self.spec.want & (Want.SUM | Want.STATS | Want.DSCALE)
-        return self._narrow(self.cut.flash if self.flash else self.cut.sweep, bool(more))
+        return self._narrow(self.cut.flash if self.flash else self.cut.sweep)
 
     @property
     def backward_tile(self) -> Tile:
-        return self._narrow(self.cut.gradient, False)
+        """As many rows of w and warps as in the forward, so that a norm is added up in the same order."""
+        tile = self.cut.gradient
+        flash = self.cut.flash
+        return self._narrow(tile._replace(slots=flash.slots, warps=flash.warps) if self.flash else tile)
 
-    def _narrow(self, tile: Tile, more: bool) -> Tile:
-        heavy = more or self.spec.reduction == "softplus"
-        return tile._replace(slots=max(tile.slots // 2, self.group, 16)) if heavy else tile
+    def _narrow(self, tile: Tile) -> Tile:
+        """Half as wide where sweeps carry further sums of each row, which need registers."""
+        more = self.spec.want & (Want.SUM | Want.STATS | Want.DSCALE) or self.spec.reduction == "softplus"
+        return tile._replace(slots=max(tile.slots // 2, self.group, 16)) if more else tile
 
     def padded(self, tile: Tile) -> int:
         return max(ceil_div(self.batch, tile.rows), 1) * tile.rows

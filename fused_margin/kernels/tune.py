@@ -1,7 +1,7 @@
 """With FUSED_MARGIN_TRITON_TUNE=1, times the candidate tiles on the device, once for each kind of problem.
 
-Without it nothing is timed and `configs.DEVICES` decides, so that equal devices get equal bits. The depth is not tuned:
-both directions share it.
+Without it nothing is timed and `configs.DEVICES` decides, so that equal devices get equal bits. The depth is not tuned,
+and no rule that has a jump, where both directions must see the same bits of a cosine.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from triton import CompilationError
 from triton.runtime.errors import OutOfResources
 from triton.testing import do_bench
 
+from ..rules import RULES
 from .configs import Tile
 from .plan import Inputs, Plan, power_of_two
 
@@ -37,7 +38,7 @@ def enabled() -> bool:
 
 def tuned(part: str, p: Plan, given: Inputs, go: Callable[[Plan], Result]) -> Result:
     """go(p), which may be called often, with the best tile in the place of p.cut's `part`."""
-    if not enabled():
+    if not enabled() or RULES[p.spec.rule].needs_tau or p.spec.rule == "filter":
         return go(p)
     size = power_of_two(p.batch), p.dim  # not the classes, of which each shard and each step may have another number
     key = part, given.x.device, given.w.dtype, p.operand, *size, p.spec.rule, p.spec.sub_centers, p.flash

@@ -95,7 +95,7 @@ def test_mutants_of_the_code():
     right = outcome()
     results = {name: outcome(mutant=mutant) for name, mutant in mutations.mutants(found[0])}
     reported = {name for name, result in results.items() if isinstance(result, str)}
-    assert all("race" in results[name] for name in reported)
+    assert all("race" in results[name] or "may still write" in results[name] for name in reported)
     assert all(map(torch.equal, right, result) for name, result in results.items() if name not in reported)
     assert len(results) > 15
     assert len(reported) > len(results) / 2

@@ -123,7 +123,11 @@ def test_same_bits_twice():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-MUTATED = [(arch, WARPGROUP if arch == 90 else SMALL, kernel) for arch in (80, 90, 120) for kernel in SWEEPING]
+MUTATED = [
+    (arch, (WARPGROUP if arch == 90 else SMALL)._replace(programs=1), kernel)  # so that one program has several tiles
+    for arch in (80, 90, 120)
+    for kernel in SWEEPING
+]
 MUTATED_SHAPE = 20, 130, 128
 
 

@@ -182,7 +182,7 @@ def test_loss_scale_in_fp16(factor):
         loss = margin_cross_entropy(x, w, labels, fm.ArcFace(0.5), backend="triton", compute_dtype=torch.float16)
         found.append([g / f for g in torch.autograd.grad(f * loss, (x, w))])
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * float(a.abs().max()))
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * float(a.abs().max()))
         assert a.isfinite().all()
 
 

@@ -35,12 +35,11 @@ def rival_kernel(C, TAU, ARGS, VALUE, SLOPE, RULE: tl.constexpr, N: tl.constexpr
     tl.store(SLOPE + i, slope)
 
 
-@pytest.mark.parametrize("exponent", [None, 1.0, 2.0, 4.7])
-@pytest.mark.parametrize("rule", CODES)
-def test_rules(rule, exponent):
-    if exponent is not None and rule != "power":
-        pytest.skip("an exponent is an argument of the rule `power`")
-    args = (exponent, 0.2) if exponent else (*ARGS[rule], 0.0, 0.0)
+RULE_ARGS = [*((rule, (*ARGS[rule], 0.0, 0.0)) for rule in CODES), *(("power", (t, 0.2)) for t in (1.0, 2.0, 4.7))]
+
+
+@pytest.mark.parametrize("rule, args", RULE_ARGS)
+def test_rules(rule, args):
     c, tau = cosines(), 0.6 * cosines().flip(0).roll(7)
     value, slope = torch.full((COUNT,), torch.nan), torch.full((COUNT,), torch.nan)
     rival_kernel[(1,)](c, tau, torch.tensor(args), value, slope, rule, COUNT)
@@ -93,7 +92,7 @@ def test_row_kernels_and_pytorch_agree(name, gradient):
             found.append([loss, *torch.autograd.grad(loss.sum(), (x, w, scale))])
     for kernel, python in zip(found[:2], found[2:], strict=True):
         for a, b in zip(kernel, python, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @triton.jit

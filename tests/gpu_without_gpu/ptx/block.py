@@ -44,6 +44,7 @@ class Block(Arithmetic, Movement, Warp, Wgmma, Memory):
         self.flops = 0
         self.copies, self.copy_groups = [], []  # cp.async issued, and committed
         self.shared = Buffer(0, np.full(kernel.static_bytes + shared_bytes, 0xFF, u8))
+        self.copying = np.zeros(len(self.shared), i32)  # cp.asyncs that may still write a byte
         self.check_races, self.epoch = check_races, 1  # an epoch lies between two barriers
         self.between_warps = Tracker(len(self.shared), "shared-memory race between warps (no barrier)")
         self.asynchronous = Asynchronous(len(self.shared), self.W)

@@ -1,7 +1,8 @@
 """Global and shared memory of a block: bounds, alignment, races.
 
 Every access must lie within a buffer. Between two barriers no byte may be touched by two warps of which one writes it;
-in one launch no byte of global memory by two blocks of which one writes it (atomics apart).
+in one launch no byte of global memory by two blocks of which one writes it (atomics apart). What a cp.async writes may
+not be touched before it is waited for.
 """
 
 import ctypes
@@ -91,6 +92,8 @@ class Memory:
         if buffer is not self.shared:
             buffer.between_blocks.touch(ix, self.number, 1, writing)
             return
+        if self.copying[ix].any():
+            raise PTXError("shared memory is used while a cp.async may still write it")
         self.between_warps.touch(ix, self.warp[lanes][:, None], self.epoch, writing)
         if writing:
             self.asynchronous.written(ix)

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from .formats import TYPES, PTXError, u32, u64
+from .formats import TYPES, PTXError, i64, u32, u64
 from .parse import vector
 
 SPACES = ("param", "global", "shared", "const", "local")
@@ -47,11 +47,18 @@ class Movement:
             valid = self.read(a[3], "u32").copy() if len(a) > 3 else np.full(self.T, size, u32)
             self.aligned(target, m, size)
             self.aligned(source, m & (valid > 0), size)
+            self.copying[self._copied(target, size, m)] += 1
             self.copies.append(functools.partial(self._land, target, source, size, valid, m.copy(), self.text))
+
+    def _copied(self, target, size, m):
+        """The bytes of shared memory that a cp.async writes; one beyond the end is reported when it lands."""
+        ix = (target[m].astype(i64)[:, None] + np.arange(size)).ravel()
+        return ix[ix < len(self.shared)]
 
     def _land(self, target, source, size, valid, m, text):
         """Do one cp.async: `valid` bytes from global memory, the rest zeros."""
         self.text = text
+        self.copying[self._copied(target, size, m)] -= 1
         for i in range(0, size, 4):
             v = self.load("global", source + u64(i), u32, m & (valid > i))
             self.store("shared", target + u64(i), v, m)

@@ -178,6 +178,8 @@ class Wgmma:
         ix = address[..., None] + np.arange(size)
         if ix.max() >= len(self.shared):
             raise PTXError(f"out-of-bounds shared access: a wgmma reads byte {ix.max()} of {len(self.shared)}")
+        if self.copying[ix].any():
+            raise PTXError("shared memory is used while a cp.async may still write it")
         if self.asynchronous.unseen[ix].any():
             raise PTXError("a wgmma reads what was written without a fence.proxy.async since")
         self._touch_as_group(group, ix)
