@@ -37,13 +37,14 @@ def _multiple(c, m, floored, WHOLE: tl.constexpr):
     k = tl.zeros(c.shape, tl.float32)
     if WHOLE:
         whole = k + m
+        segment = (k + PI) / whole  # of the angle, for each k
         value = c
         slope = tl.full(c.shape, 1.0, tl.float32)
         before = slope
         slope_before = k
         for i in range(1, LARGEST_POLYNOMIAL):
             more = whole > i
-            k += tl.where(more & (c <= tl.cos(i * PI / whole)), 1.0, 0.0)
+            k += tl.where(more & (c <= tl.cos(segment * i)), 1.0, 0.0)
             following = 2 * c * value - before
             slope_following = 2 * value + 2 * c * slope - slope_before
             before, slope_before = value, slope

@@ -92,7 +92,7 @@ def test_row_kernels_and_pytorch_agree(name, gradient):
             found.append([loss, *torch.autograd.grad(loss.sum(), (x, w, scale))])
     for kernel, python in zip(found[:2], found[2:], strict=True):
         for a, b in zip(kernel, python, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @triton.jit
