@@ -388,8 +388,8 @@ MUTANTS = [
         ("sample_in_eval", "sampled = self.training and self.sample_rate < 1", "sampled = self.sample_rate < 1"),
         (
             "sample_the_same_each_step",
-            "mixed(self.seed, _SAMPLE, self.step, self.layout.rank)",
-            "mixed(self.seed, _SAMPLE, self.layout.rank)",
+            "self.seed, _SAMPLE, self.step, self.layout.rank)",
+            "self.seed, _SAMPLE, self.layout.rank)",
         ),
         ("shards_draw_apart", "torch.manual_seed(mixed(self.seed, _MARGIN, self.step))", "pass"),
         ("shards_drawn_parameters_differ", "if name not in self.sharded_names:", "if False:"),
