@@ -1,5 +1,5 @@
 # One command for each job; each brings .venv and the extension up to date first. Needs Python >= 3.10 and a C++ compiler.
-#   make test | demo [MARGIN='...'] | lint | format | bench [INSIGHTFACE=PATH] | mutants | build | clean
+#   make test | test-gpu-without-gpu | gpu | demo [MARGIN='...'] | lint | format | bench [INSIGHTFACE=PATH] | mutants | build | clean
 #   TORCH=torch==2.13.0  PYTHON=python3
 
 PYTHON ?= python3
@@ -14,11 +14,22 @@ LIBRARY := fused_margin/_C.abi3.so
 STAMP := .venv/torch-$(firstword $(shell echo '$(TORCH)' | cksum))
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
-.PHONY: test demo lint format bench mutants build clean
+.PHONY: test test-gpu-without-gpu gpu demo lint format bench mutants build clean
 .DELETE_ON_ERROR:
 
 test: build
 	@$(BIN)/python -m pytest -q
+
+# Every proof of the GPU kernels, the slow ones too: under 10 minutes; and the tables of docs/gpu.md.
+test-gpu-without-gpu: build
+	@rm -rf build/proof
+	@FUSED_MARGIN_PROOF=build/proof $(BIN)/python -m pytest -q -m "not gpu" tests/gpu_without_gpu
+	@$(BIN)/python -m tests.gpu_without_gpu.proof build/proof --write docs/gpu.md
+	@$(BIN)/python -m bench.roofline --write docs/gpu.md
+
+# On a machine with a GPU, with a TORCH that sees it: is the Triton backend right, and how fast?
+gpu: build
+	@$(BIN)/python -m bench.gpu
 
 demo: build
 	@$(BIN)/python examples/glyphs.py $(if $(MARGIN),--margin '$(MARGIN)')

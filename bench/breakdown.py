@@ -8,6 +8,7 @@ process, and are sorted by the function that they fall into. With --write, what 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import re
 import shutil
@@ -18,10 +19,19 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+import fused_margin as fm
+from fused_margin.backends import cpu
+from fused_margin.margins.forms import forms_of
+from fused_margin.spec import Need, Spec, Want
+
 from .cases import Case
-from .heads import OWN, Peers, Run, inputs_of
+from .heads import FUSED_MARGINS, OWN, Peers, Run, inputs_of
 from .results import machine
 
 CASES = [Case(64, 1_000), Case(128, 100_000), Case(512, 100_000), Case(128, 1_000_000)]
@@ -82,6 +92,54 @@ def measure(case: Case, least: float) -> tuple[float, dict[str, float]]:
     return statistics.median(taken), found
 
 
+class _Empty(torch.autograd.Function):
+    """What autograd itself takes for two inputs and one output."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, g):
+        return tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+
+
+def overhead(least: float = 1.0) -> dict[str, float]:
+    """Median microseconds of a step that has next to nothing to compute (8 x 16 x 8), and of what it is made of."""
+    x, w, labels = inputs_of(Case(8, 16, 8))
+    margin, spec = FUSED_MARGINS["arcface"], Spec(num_classes=16, want=Want.DX, backend="cpu")
+    head = functools.partial(fm.functional.margin_cross_entropy, margin=margin)
+    scale, args, forms = torch.full((8,), 64.0), x.new_empty(0), forms_of(margin).packed()
+    with torch.no_grad():
+        _, rows, aux, o_red = cpu.sweep_loss(x, w, labels, scale, args, spec, forms, "mean")
+    g, sums = rows[:3], (rows[5], None, None, args, rows[3], aux, o_red, o_red[:0, 0])
+
+    def kernels() -> None:
+        with torch.no_grad():
+            cpu.sweep_loss(x, w, labels, scale, args, spec, forms, "mean")
+            cpu.sweep_backward(*g, x, w, labels, scale, *sums, spec, Need.X | Need.W)
+
+    def step(loss: Callable[[], Tensor]) -> None:
+        x.grad = w.grad = None
+        loss().backward()
+
+    parts = {
+        "a step": lambda: step(lambda: head(x, w, labels)),
+        "its forward": lambda: head(x, w, labels),
+        "the two C++ operators": kernels,
+        "an empty autograd function, both ways": lambda: step(lambda: _Empty.apply(x, w)),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in parts}
+    end = time.perf_counter() + least * len(parts)
+    while time.perf_counter() < end:  # in turns
+        for name, part in parts.items():
+            start = time.perf_counter()
+            part()
+            taken[name].append(time.perf_counter() - start)
+    return {name: 1e6 * statistics.median(seconds) for name, seconds in taken.items()}
+
+
 def table(measured: list[tuple[Case, float, dict[str, float]]]) -> str:
     head = [f"{case.batch} x {case.classes:,}" for case, _, _ in measured]
     lines = [f"| part | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
@@ -100,7 +158,9 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("bench.breakdown: there is no perf on PATH; on Debian it is in the package linux-perf")
     measured = [(case, *measure(case, args.seconds)) for case in CASES]
     about = machine("cpu", CASES[0].threads)
-    text = f"{table(measured)}\n\n{about['cpu']}, {CASES[0].threads} threads, commit {about['commit']}.\n"
+    small = "\n".join(f"| {name} | {us:.0f} us |" for name, us in overhead().items())
+    small = f"| 8 x 16 x 8, where there is nothing to compute | median |\n|---|---|\n{small}"
+    text = f"{table(measured)}\n\n{small}\n\n{about['cpu']}, {CASES[0].threads} threads, commit {about['commit']}.\n"
     print(text)
     if args.write:
         document = args.write.read_text()

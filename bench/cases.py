@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, replace
 from fnmatch import fnmatch
 
 MARGINS = ("arcface", "cosface", "sphereface", "svsoftmax", "normface")
+SMALL = (1_000, 10_000)  # classes of the small heads
 DTYPES = ("fp32", "bf16")  # bf16: under autocast; embeddings and weights are float32 in both
 
 # What one repeat does, and the floating-point operations, in units of B * D * C, that the algorithm cannot do without:
@@ -75,7 +76,7 @@ def axes(threads: int = 2, device: str = "cpu") -> dict[str, list[Case]]:
         "margin": [replace(centre, margin=m) for m in MARGINS],
         "mode": [replace(centre, mode=m) for m in MODES],
         "threads": [replace(centre, threads=t) for t in sorted({1, threads})],
-        "small": [replace(centre, batch=64, classes=c) for c in (1_000, 10_000)],
+        "small": [replace(centre, batch=64, classes=c) for c in SMALL],
     }
     return found if device == "cpu" else {name: cases for name, cases in found.items() if name != "threads"}
 

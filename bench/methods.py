@@ -2,21 +2,21 @@
 
 from dataclasses import replace
 
-from .cases import Case
+from .cases import SMALL, Case
 from .heads import OWN
 from .peers import PEERS
 
 METHODS = OWN | PEERS
-PEERS_TO = 100_000  # classes: beyond, one step of some takes minutes
 
 
 def compared(case: Case) -> list[str]:
-    """Methods of a case unless --methods says: peers by the number of classes and without a margin, else our own three.
+    """Methods of a case unless --methods says: peers at the centre, on small heads and without a margin, else three.
 
     Each method more is a process more for each case, and an hour more for all.
     """
-    centre = replace(Case(classes=case.classes, batch=case.batch), threads=case.threads, device=case.device)
-    everyone = case.margin == "normface" or (case == centre and 64 <= case.batch <= 512 and case.classes <= PEERS_TO)
+    centre = Case(threads=case.threads, device=case.device)
+    small = [replace(centre, batch=64, classes=classes) for classes in SMALL]
+    everyone = case.margin == "normface" or case == centre or case in small
     return [name for name in METHODS if name in OWN or everyone]
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from . import results
@@ -18,7 +18,13 @@ from .reasons import UNKNOWN, reason
 from .results import Row, by_case, times_as_fast
 from .stats import Spread
 
-SECTION = re.compile(r"<!-- bench:(\w+) -->\n(.*?)<!-- /bench:\1 -->", re.DOTALL)
+
+def section(kind: str) -> re.Pattern[str]:
+    """What stands between `<!-- KIND:NAME -->` and `<!-- /KIND:NAME -->`."""
+    return re.compile(rf"<!-- {kind}:(\w+) -->\n(.*?)<!-- /{kind}:\1 -->", re.DOTALL)
+
+
+SECTION = section("bench")
 PEERS = ("eager", "torch-compile", "pytorch-metric-learning", "insightface")
 AXIS_TITLES = {
     "classes": "classes", "batch": "batch", "dim": "dimension", "dtype": "bfloat16 operands (autocast)",
@@ -204,16 +210,27 @@ def _every_cell(of_case: list[Row], row: Row) -> list[str]:
     ]
 
 
-def filled(text: str, header: dict[str, str], rows: list[Row]) -> str:
-    """The text with its sections made anew."""
-    makers = {"summary": lambda: summary(rows, header), "rows": lambda: every_row(rows)}
+def fill_sections(text: str, kind: str, makers: dict[str, Callable[[], str]]) -> str:
+    """The text with the sections of this kind made anew."""
 
     def fill(match: re.Match[str]) -> str:
         if match[1] not in makers:
-            raise ValueError(f"section bench:{match[1]} is unknown; expected one of {', '.join(makers)}")
-        return f"<!-- bench:{match[1]} -->\n{makers[match[1]]()}\n<!-- /bench:{match[1]} -->"
+            raise ValueError(f"section {kind}:{match[1]} is unknown; expected one of {', '.join(makers)}")
+        return f"<!-- {kind}:{match[1]} -->\n{makers[match[1]]()}\n<!-- /{kind}:{match[1]} -->"
 
-    return SECTION.sub(fill, text)
+    if not section(kind).search(text):
+        name = next(iter(makers))
+        raise ValueError(f"no section to write; expected <!-- {kind}:{name} --> and <!-- /{kind}:{name} -->")
+    return section(kind).sub(fill, text)
+
+
+def write_sections(path: Path, kind: str, makers: dict[str, Callable[[], str]]) -> None:
+    path.write_text(fill_sections(path.read_text(), kind, makers))
+
+
+def filled(text: str, header: dict[str, str], rows: list[Row]) -> str:
+    """The text with its sections made anew."""
+    return fill_sections(text, "bench", {"summary": lambda: summary(rows, header), "rows": lambda: every_row(rows)})
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -227,10 +244,10 @@ def main(argv: list[str] | None = None) -> int:
     if not args.write:
         print(summary(rows, header))
     for path in args.write:
-        text = path.read_text()
-        if not SECTION.search(text):
-            parser.error(f"{path} has no section to write; expected <!-- bench:summary --> and <!-- /bench:summary -->")
-        path.write_text(filled(text, header, rows))
+        try:
+            path.write_text(filled(path.read_text(), header, rows))
+        except ValueError as error:
+            parser.error(f"{path}: {error}")
     if UNKNOWN in summary(rows):
         print(f"a row is lost without a reason: give one in {results.FOLDER.parent / 'reasons.py'}", file=sys.stderr)
     return 0

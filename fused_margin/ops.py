@@ -152,7 +152,7 @@ def _(x, w, labels, scale, tau, bias, index, rule_args, *fields):
     spec = Spec(*fields)
     red = x.new_empty(x.shape[0], dtype=acc_dtype(x))
     cos_y, sum_u, aux = torch.empty_like(red), torch.empty_like(red), red.new_empty(len(Aux._fields), x.shape[0])
-    flash = spec.want & Want.DX and spec.backend != "reference"  # the reference keeps nothing for its backward
+    flash = BACKENDS[spec.backend].saves_o(x, spec)
     o_red = red.new_empty(x.shape if flash else (0,))
     o_sum = red.new_empty(x.shape if flash and spec.want & Want.SUM else (0,))
     return red, cos_y, sum_u, aux, o_red, o_sum
@@ -164,7 +164,7 @@ def _(x, w, labels, scale, rule_args, *rest):
     batch, of_row = x.shape[0], loss_reduction == "none"
     rows = x.new_empty(len(Rows._fields), batch, dtype=acc_dtype(x))
     loss, aux = rows.new_empty((batch,) if of_row else ()), rows.new_empty(len(Aux._fields), batch)
-    return loss, rows, aux, rows.new_empty(x.shape if spec.want & Want.DX else (0,))
+    return loss, rows, aux, rows.new_empty(x.shape if BACKENDS[spec.backend].saves_o(x, spec) else (0,))
 
 
 @torch.library.register_fake("fused_margin::sweep_backward")

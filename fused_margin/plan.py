@@ -14,6 +14,7 @@ from typing import NamedTuple
 OPTIMIZERS = ("sgd", "adamw", "sweep-sgd", "sweep-adamw")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _COMPUTE, _BANDWIDTH = 0.6, 0.85  # of a data sheet's rates that kernels of this kind are seen to reach
+_GATHERED = 2**26  # bytes up to which the merge of the shards' sums is one gather, as fm.PartialFC has it
 _NODE, _NETWORK = 8, 50.0  # ranks in one machine; GB/s beyond it, one 400 Gb/s adapter for each rank
 
 
@@ -86,10 +87,10 @@ class Setup:
 
     @property
     def sampled(self) -> int:
-        """Classes that a step reads there: never less than the targets, at worst all different and all here."""
+        """Classes that a step reads there: never fewer than the targets, at worst all different and all here."""
         if self.sample_rate == 1:
             return self.shard
-        return min(self.shard, max(int(self.sample_rate * self.shard), self.batch))
+        return min(self.shard, max(math.ceil(self.sample_rate * self.shard), self.batch))
 
     @property
     def sweeps(self) -> bool:
@@ -135,8 +136,9 @@ def memory(s: Setup) -> dict[str, float]:
         items["momentum"] = s.shard * row * state
     if s.sample_rate < 1:
         items["sampled class numbers"] = s.sampled * 8 * s.sub_centers
-    # embeddings and labels as gathered; O and dX
-    items["gathered rows"] = s.batch * (s.dim * (2 * embedding + 4) + 8)
+    # embeddings (in float32 too, where ranks sum their gradient) and labels as gathered; O and dX
+    sharded = 0 if s.world == 1 or embedding == 4 else 4
+    items["gathered rows"] = s.batch * (s.dim * (2 * embedding + sharded + 4) + 8)
     items["work space"] = max(_forward_space(s), _backward_space(s))
     return items
 
@@ -167,10 +169,13 @@ def communication(s: Setup) -> list[Transfer]:
     found = [Transfer("all_gather", "embeddings and labels", others * s.batch * row)]
     if s.mask:
         found.append(Transfer("all_reduce", "target cosines, for the margin's mask", 2 * others * s.batch * 4))
-    found += [
-        Transfer("all_gather", "log-sum-exps and target cosines", (s.world - 1) * s.batch * 2 * 4),
-        Transfer("reduce_scatter", "gradient of the embeddings, fp32", others * s.batch * s.dim * 4),
-    ]
+    part = 8 * s.batch  # a vector [B] in float64
+    if s.world * 4 * part <= _GATHERED:
+        found.append(Transfer("all_gather", "log-sum-exps, target cosines", (s.world - 1) * 4 * part))
+    else:
+        found.append(Transfer("all_reduce", "maxima of the log-sum-exps", 2 * others * 2 * part))
+        found.append(Transfer("all_reduce", "sums under them, target cosines", 2 * others * 3 * part))
+    found.append(Transfer("reduce_scatter", "gradient of the embeddings, fp32", others * s.batch * s.dim * 4))
     return found
 
 

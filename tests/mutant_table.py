@@ -34,6 +34,7 @@ MUTANTS = [
         ("margin_of_another_class", "torch.where(inside, labels, 0)]", "torch.where(inside, labels - 1, 0)]"),
         ("state_moves_in_eval", "if not self.training:", "if False:"),
         ("state_after_use", "state.copy_(new)\n        return new", "state.copy_(new)\n        return old"),
+        ("margin_of_a_module_frozen", "self.register_buffer(name, value)", "setattr(self, name, float(value))"),
         ("mean_over_ignored_rows", "self.valid.sum().clamp_min(1)", "len(self.valid)"),
     ),
     *_in(
@@ -49,6 +50,7 @@ MUTANTS = [
         ("combined_m3_sign", "sin_of(self.m2)) - self.m3", "sin_of(self.m2)) + self.m3"),
         ("combined_joint", "cos_of((math.pi - self.m2) / self.m1)", "cos_of(math.pi - self.m2)"),
         ("annealed_weight", "/ (1 + self.lam)", "/ (2 + self.lam)"),
+        ("annealed_products_as_cosines", "return self.base.products", "return False"),
         ("l_softmax_norm_of_w", "rows.norm * rows.weight_norm", "rows.norm * rows.weight_norm.detach()"),
         ("multiple_unclamped", "angle.detach() > math.pi, -1.0", "angle.detach() > 4.0, -1.0"),
     ),
@@ -432,5 +434,58 @@ MUTANTS = [
             "(r < sum(sizes) % len(sizes)) for r",
             "(sizes[r] - sum(sizes) // len(sizes)) for r",
         ),
+    ),
+]  # fmt: skip
+
+TRITON_MUTANTS = [
+    *_in(
+        "fused_margin/kernels/rival.py",
+        ("triton_hard_offset_lost", "value = tl.where(c > tau, a * c + b, c)", "value = tl.where(c > tau, a * c, c)"),
+        ("triton_curricular_slope", "2 * c + a, slope)", "c + a, slope)"),
+        ("triton_margin_wrong_by_0_002", "    value = c\n    slope", "    value = c - 0.002\n    slope"),
+    ),
+    *_in(
+        "fused_margin/kernels/tile.py",
+        ("triton_padded_columns_are_rivals", "keep = valid[None, :] & (j_class", "keep = (j_class"),
+        ("triton_columns_beyond_d", "mask=d[:, None] < D, other=0.0)", "mask=d[:, None] <= D, other=0.0)"),
+        ("triton_range_never_follows", "larger = power_of_two(top)", "larger = unit"),
+        ("triton_second_center_wins", "tl.where(groups == tl.max(groups, 2)", "tl.where(groups == tl.min(groups, 2)"),
+        ("triton_clamp_lost", "tl.where(c > 1, 1.0, c)", "c"),
+    ),
+    *_in(
+        "fused_margin/kernels/forward.py",
+        ("triton_sum_not_rescaled", "two_sum(total * shrink,", "two_sum(total,"),
+        ("triton_o_not_rescaled", "acc *= shrink[:, None]", "acc *= 1"),
+        ("triton_splits_overlap", "tl.int64) + 1) * tiles", "tl.int64) + 2) * tiles"),
+        ("triton_mean_not_rescaled", "mean_v *= shrink", "mean_v *= 1"),
+    ),
+    *_in(
+        "fused_margin/kernels/rows.py",
+        ("triton_label_after_the_shard", "(label < first_class + classes)", "(label <= first_class + classes)"),
+        ("triton_merge_without_powers", "factor = tl.exp2(powers - power[:, None])", "factor = powers * 0 + 1"),
+    ),
+    *_in(
+        "fused_margin/kernels/row_gradients.py",
+        ("triton_ranks_collide", "(other[None, :] < own[:, None])", "(other[None, :] <= own[:, None])"),
+        ("triton_loss_scale_in_fp16", "common = _largest_factor(scale", "common = 1.0 + 0 * _largest_factor(scale"),
+        ("triton_x_projection_lost", "h = (h - along[:, None] * x_hat)", "h = (h - 0 * x_hat)"),
+    ),
+    *_in(
+        "fused_margin/kernels/backward.py",
+        ("triton_w_projection_lost", "h = (h - along[:, None] * b_w)", "h = (h - 0 * b_w)"),
+        ("triton_next_tile_targets", "(y < low + CLASSES)", "(y < low + CLASSES - 1)"),
+        ("triton_half_unit_lost", "h *= tl.load(unit) / HALF_UNIT", "h *= tl.load(unit)"),
+        ("triton_last_row_block", "mask=(i < batch)[:, None] & valid[None, :]", "mask=valid[None, :]"),
+        ("triton_bias_parts", "j_sum += tl.load", "j_sum = tl.load"),
+    ),
+    *_in(
+        "fused_margin/kernels/margins.py",
+        ("triton_tail_flipped", "beyond = c < -cos_m2", "beyond = c > -cos_m2"),
+        ("triton_mean_over_ignored_rows", "tl.sum((label != ignore_index)", "tl.sum((i < batch)"),
+        ("triton_psi_sign", "sign = 1 - 2 * (k", "sign = 1 - 0 * (k"),
+    ),
+    *_in(
+        "fused_margin/kernels/gradients.py",
+        ("triton_chunks_overwrite_dx", "to.o, add=first > 0)", "to.o, add=False)"),
     ),
 ]  # fmt: skip

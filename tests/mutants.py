@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from .mutant_table import MUTANTS, Mutant
+from .mutant_table import MUTANTS, TRITON_MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
 # The quickest to fail first; compiling with inductor, other processes and the tests of this tool find nothing more.
@@ -40,10 +40,14 @@ TESTS = [
     "determinism",
     "parity",
     "optim",
+    "optim_use",
+    "deferred",
     "sweep_optim",
     "plan",
 ]
 SELECTION = [*(f"tests/test_{name}.py" for name in TESTS), "-k", "not inductor"]
+_INTERPRETED = "tests/gpu_without_gpu/interpreter/test_sweep"
+TRITON_SELECTION = [f"{_INTERPRETED}_{name}.py" for name in ("formulas", "edges", "numbers")]
 DISTRIBUTED = [f"tests/distributed/test_{name}.py" for name in ("sharded", "sampling", "collectives", "checkpoints")]
 DISTRIBUTED += ["tests/distributed/test_optimizers.py", "tests/distributed/test_processes.py"]
 IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", "*.egg-info")
@@ -140,13 +144,14 @@ def survey(mutants: list[Mutant], selection: list[str], check_first: bool = True
 
 
 def main(names: list[str]) -> int:
-    unknown = set(names) - {m.name for m in MUTANTS}
-    if unknown:
-        sys.exit(
-            f"no planted error is called {', '.join(sorted(unknown))}; they are {', '.join(m.name for m in MUTANTS)}"
-        )
-    chosen = [m for m in MUTANTS if not names or m.name in names]
-    return int(survey(chosen, SELECTION) > 0)
+    known = [m.name for m in (*MUTANTS, *TRITON_MUTANTS)]
+    if unknown := set(names) - set(known):
+        sys.exit(f"no planted error is called {', '.join(sorted(unknown))}; they are {', '.join(known)}")
+    missed = 0
+    for mutants, selection in ((MUTANTS, SELECTION), (TRITON_MUTANTS, TRITON_SELECTION)):
+        chosen = [m for m in mutants if not names or m.name in names]
+        missed += survey(chosen, selection) if chosen else 0
+    return int(missed > 0)
 
 
 if __name__ == "__main__":

@@ -201,6 +201,10 @@ def test_bad_hyper_parameters(name):
 def test_a_margin_module_is_not_called():
     with pytest.raises(TypeError, match="CurricularFace is a margin: pass it to a head"):
         fm.CurricularFace()(torch.zeros(3))
+
+
+@pytest.mark.parametrize("margin", [fm.LSoftmax(), fm.Annealed(fm.LSoftmax())], ids=["plain", "annealed"])
+def test_a_margin_on_products_refuses_cosines(margin):
     x, w = torch.randn(2, 4), torch.randn(3, 4)
-    with pytest.raises(ValueError, match="LSoftmax works on products of raw rows"):
-        margin_cross_entropy(x, w, torch.tensor([0, 1]), fm.LSoftmax())
+    with pytest.raises(ValueError, match=f"{type(margin).__name__} works on products of raw rows"):
+        margin_cross_entropy(x, w, torch.tensor([0, 1]), margin)

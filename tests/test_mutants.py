@@ -3,12 +3,12 @@
 import pytest
 
 from . import mutants
-from .mutant_table import MUTANTS, Mutant
+from .mutant_table import MUTANTS, TRITON_MUTANTS, Mutant
 
 QUICK = ["tests/test_margins.py", "-k", "value_and_slope or by_hand"]
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda m: m.name)
+@pytest.mark.parametrize("mutant", [*MUTANTS, *TRITON_MUTANTS], ids=lambda m: m.name)
 def test_place_is_found_once(mutant):
     text = (mutants.ROOT / mutant.file).read_text()
     assert text.count(mutant.old) == 1
@@ -16,7 +16,8 @@ def test_place_is_found_once(mutant):
 
 
 def test_names_are_unique():
-    assert len({m.name for m in MUTANTS}) == len(MUTANTS) >= 26
+    every = [*MUTANTS, *TRITON_MUTANTS]
+    assert len({m.name for m in every}) == len(every) >= 26
 
 
 def test_caught_survived_and_misplaced(capsys):

@@ -122,7 +122,11 @@ def test_by_hand():
     transfers = {(t.collective, t.what): t.bytes for t in plan.communication(setup)}
     assert transfers["all_gather", "embeddings and labels"] == 7 / 8 * 1024 * (2048 + 8)
     assert transfers["reduce_scatter", "gradient of the embeddings, fp32"] == 7 / 8 * 1024 * 2048
+    assert transfers["all_gather", "log-sum-exps, target cosines"] == 7 * 4 * 8 * 1024
     assert len(transfers) == 3
+    large = plan.communication(replace(setup, world=64, batch=65_536))  # where a gather would take 128 MiB
+    assert [t.collective for t in large] == ["all_gather", "all_reduce", "all_reduce", "reduce_scatter"]
+    assert large[1].bytes + large[2].bytes == 2 * 63 / 64 * 5 * 8 * 65_536
     assert len(plan.communication(replace(setup, mask=True))) == 4
     assert not plan.communication(replace(setup, world=1))
     forward, backward, optimizer = plan.phases(setup)

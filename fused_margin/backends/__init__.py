@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ..rules import RULES
 from ..spec import Spec
-from . import cpu, reference
+from . import cpu, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "reference": reference}  # in the order of preference
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}  # by preference
 
 
 class FallbackWarning(UserWarning):

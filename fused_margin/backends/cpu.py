@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..rules import CODES, REDUCTIONS
-from ..spec import Need, Spec
+from ..spec import Need, Spec, Want
 from ..update_rules import OPTIMIZERS, State, Update
 
 CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")  # what FUSED_MARGIN_CPU_CAPABILITY takes, in rising order
@@ -80,6 +80,11 @@ def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
         if t.dtype not in _DTYPES:
             reasons.append(f"{name} are {t.dtype}")
     return reasons
+
+
+def saves_o(x: Tensor, spec: Spec) -> bool:
+    """Whether a sweep makes o_red, the gradient of x but for factors of the row."""
+    return bool(spec.want & Want.DX)
 
 
 def path() -> str:

@@ -17,6 +17,10 @@ def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
     return []
 
 
+def saves_o(x: Tensor, spec: Spec) -> bool:
+    return False  # nothing is kept for the backward
+
+
 def _round(t: Tensor, dtype: torch.dtype) -> Tensor:
     """Values as an operand of `dtype` has them, gradients as if nothing had been rounded."""
     if dtype in (torch.float32, torch.float64):
@@ -43,7 +47,8 @@ def _rows(x: Tensor, w: Tensor, index: Tensor | None, spec: Spec) -> tuple[Tenso
     return x_hat, F.normalize(w, dim=1, eps=EPS) if spec.normalize_w else w
 
 
-def _check_labels(labels: Tensor, spec: Spec) -> None:
+def check_labels(labels: Tensor, spec: Spec) -> None:
+    """An error for a label that is no class; on a CPU only."""
     if labels.device.type != "cpu":
         return  # would wait for the device
     bad = ((labels < 0) | (labels >= spec.num_classes)) & (labels != spec.ignore_index)
@@ -77,7 +82,7 @@ def _clamp(c: Tensor, spec: Spec) -> Tensor:
 
 @torch.no_grad()
 def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, spec: Spec) -> Tensor:
-    _check_labels(labels, spec)
+    check_labels(labels, spec)
     classes = (w if index is None else index).shape[0] // spec.sub_centers
     x = torch.where((labels == spec.ignore_index)[:, None], 0, x)
     position, here = _local(labels, classes, spec)
@@ -126,7 +131,7 @@ def _reduce(u: Tensor, rival: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple[Tensor, ...]:
-    _check_labels(labels, spec)
+    check_labels(labels, spec)
     with torch.autocast(x.device.type, enabled=False):
         cos_y, c = _cosines(x, w if index is None else w[index], labels, spec)
         v, u = _logits(c, scale, bias, tau, rule_args, spec)

@@ -1,0 +1,183 @@
+"""What shapes, options and architecture decide about a sweep: tiles, sizes, the constants that kernels are built with.
+
+No value of a tensor is read here and no shape depends on one, so that nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..rules import RULES
+from ..spec import Spec, Want
+from .configs import Cut, Device, Tile, device_for
+
+_ROWS, _ROW_ELEMENTS = 16, 2048  # of a program that works on single rows, at most
+
+
+def ceil_div(n: int, by: int) -> int:
+    return -(-n // by)
+
+
+def power_of_two(n: int, least: int = 1) -> int:
+    """The next one that is not less than n."""
+    return max(least, 1 << max(n - 1, 0).bit_length())
+
+
+def step(t: Tensor | None) -> int:
+    """Elements from one value of a vector to the next."""
+    return 0 if t is None or not t.dim() else t.stride(0)
+
+
+class Inputs(NamedTuple):
+    """The tensors of a sweep, as the operator has them."""
+
+    x: Tensor
+    w: Tensor
+    labels: Tensor
+    scale: Tensor | None = None
+    tau: Tensor | None = None
+    bias: Tensor | None = None
+    index: Tensor | None = None
+    rule_args: Tensor | None = None
+
+    @property
+    def index_pointer(self) -> Tensor:  # any tensor stands for one that is not there and not read
+        return self.labels if self.index is None else self.index.contiguous()
+
+    def or_any(self, t: Tensor | None) -> Tensor:
+        return self.x if t is None else t
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.x.new_empty(shape, dtype=dtype)
+
+
+class Plan(NamedTuple):
+    device: Device
+    cut: Cut
+    batch: int
+    dim: int
+    classes: int
+    operand: torch.dtype
+    spec: Spec
+
+    @property
+    def flash(self) -> bool:
+        """Whether the forward finishes what the gradient of x needs; else the backward's chunks do."""
+        wanted = self.spec.want & Want.DX and not self.spec.want & Want.SUM
+        return bool(wanted) and self.width <= self.cut.flash_width
+
+    @property
+    def width(self) -> int:  # of a row, as a power of two
+        return power_of_two(self.dim, 16)
+
+    @property
+    def operand_row(self) -> int:  # of a row of x_hat, in whole steps of depth
+        return ceil_div(self.dim, self.cut.depth) * self.cut.depth
+
+    @property
+    def row_width(self) -> int:  # of such a row, as a power of two
+        return power_of_two(self.operand_row, 16)
+
+    @property
+    def rows(self) -> int:  # of x, in a program that works on single rows
+        return max(1, min(_ROWS, _ROW_ELEMENTS // self.row_width))
+
+    @property
+    def group(self) -> int:  # slots of a class
+        return power_of_two(self.spec.sub_centers)
+
+    @property
+    def half(self) -> bool:
+        return self.operand == torch.float16
+
+    @property
+    def forward_tile(self) -> Tile:
+        """Half as wide where the sweep carries further sums of each row, which need registers."""
+        more = self.spec.want & (Want.SUM | Want.STATS | Want.DSCALE)
+        return self._narrow(self.cut.flash if self.flash else self.cut.sweep, bool(more))
+
+    @property
+    def backward_tile(self) -> Tile:
+        return self._narrow(self.cut.gradient, False)
+
+    def _narrow(self, tile: Tile, more: bool) -> Tile:
+        heavy = more or self.spec.reduction == "softplus"
+        return tile._replace(slots=max(tile.slots // 2, self.group, 16)) if heavy else tile
+
+    def padded(self, tile: Tile) -> int:
+        return max(ceil_div(self.batch, tile.rows), 1) * tile.rows
+
+    def tile_classes(self, tile: Tile) -> int:
+        return tile.slots // self.group
+
+
+def plan(given: Inputs, spec: Spec) -> Plan:
+    device = device_for(given.x)
+    operand = spec.compute_dtype
+    w_rows = (given.w if given.index is None else given.index).shape[0]
+    cut = device.half if operand.itemsize == 2 else device.full
+    batch, dim = given.x.shape
+    return Plan(device, cut, batch, int(dim), w_rows // spec.sub_centers, operand, spec)
+
+
+def row_constants(p: Plan, given: Inputs) -> dict:
+    """Of the kernels that work on single rows."""
+    return {
+        "INDEXED": given.index is not None,
+        "NORMALIZE_X": p.spec.normalize_x,
+        "NORMALIZE_W": p.spec.normalize_w,
+        "ROWS": p.rows,
+    }
+
+
+def sweep_constants(p: Plan, tile: Tile, given: Inputs) -> dict:
+    """Of both sweeping kernels."""
+    return {
+        "RULE": p.spec.rule,
+        "ARGS": len(RULES[p.spec.rule].args),
+        "SOFTPLUS": p.spec.reduction == "softplus",
+        "UNIT_SLOPE": p.spec.unit_slope,
+        "BIAS": given.bias is not None,
+        "INDEXED": given.index is not None,
+        "CENTERS": p.spec.sub_centers,
+        "GROUP": p.group,
+        "NORMALIZE": p.spec.normalize_w,
+        "CLAMP": p.spec.normalize_x and p.spec.normalize_w,
+        "ROWS": tile.rows,
+        "SLOTS": tile.slots,
+        "DEPTH": p.cut.depth,
+        "WHOLE": p.dim % p.cut.depth == 0,
+        "RANGE": p.half and given.w.dtype != torch.float16,
+        "PRECISION": p.device.precision,
+        "num_warps": tile.warps,
+        "num_stages": tile.stages,
+    }
+
+
+def on(x: Tensor) -> contextlib.AbstractContextManager:
+    """Launches go to the device of x."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def run(kernel, programs: int, *args, **constants) -> None:
+    """One launch; the grid is one axis, as the others end at 65,535.
+
+    No contraction to fma: across a warp's shuffles each lane contracts its own product, and copies of one sum differ.
+    """
+    if programs:
+        kernel[(programs,)](*args, enable_fp_fusion=False, **constants)
+
+
+def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
+    """out (+)= a b, summed and stored in float32; one launch."""
+    if a.dtype == torch.float32 or not a.is_cuda:
+        a, b = a.float(), b.float()
+        torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
+    elif add:
+        torch.addmm(out, a, b, out_dtype=torch.float32, out=out)
+    else:
+        torch.mm(a, b, out_dtype=torch.float32, out=out)

@@ -1,0 +1,41 @@
+"""The shipped configurations, compiled for each architecture, held to a budget: no spill, tensor cores, wide loads."""
+
+import pytest
+
+from ..proof import markdown, record
+from ..resources import ARCHES, STEPS, SWEEPING, rows_of, shown
+
+TENSOR_OPS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA", "gfx942": "MFMA"}
+SPILL_BUDGET = {}  # (step, arch, kernel): bytes; what is not here may spill nothing
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found = []
+    yield found
+    print("\n" + markdown(list(map(shown, found))))
+
+
+def check(step, arch, only, rows=None):
+    for row in rows_of(step, arch, only):
+        if rows is not None:
+            rows.append(row)
+            record("resources", shown(row))
+        assert row.shared <= row.limit, row
+        assert row.spill <= SPILL_BUDGET.get((step.name, arch, row.kernel), 0), row
+        if row.kernel in SWEEPING and "fp32" not in step.name:
+            assert row.tensor_ops.startswith(TENSOR_OPS[arch]), row
+        if row.kernel in SWEEPING:
+            assert row.wide_loads, row
+
+
+@pytest.mark.parametrize("arch", [80, 90, "gfx942"], ids=str)
+def test_sweep_of_the_default(arch):
+    check(STEPS[0], arch, ("sweep_kernel",))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ARCHES, ids=str)
+@pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
+def test_budget(step, arch, rows):
+    check(step, arch, None if step is STEPS[0] else SWEEPING, rows)

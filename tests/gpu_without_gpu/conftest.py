@@ -1,0 +1,128 @@
+"""Runs each rung in a process of its own, and shows its reports in this one as if they had run here.
+
+A rung is a subfolder; Triton's interpreter and compiler cannot share a process, nor can the switch between them be set
+after triton's import. Where pytest is asked for one rung only, and triton is not imported yet, it runs in this process
+(with --pdb and all); else its files are collected as one item each, and the first of them runs the whole rung.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .reports import CHANNEL
+
+HERE = Path(__file__).parent
+RUNGS = {"interpreter": {"TRITON_INTERPRET": "1"}, "compiled": {"TRITON_INTERPRET": "0"}}  # and their environment
+
+
+def rung_of(path: Path) -> str | None:
+    return next((name for name in RUNGS if path.is_relative_to(HERE / name)), None)
+
+
+def _in_process(config: pytest.Config, rung: str) -> bool:
+    asked = [(config.invocation_params.dir / argument.split("::")[0]).resolve() for argument in config.args]
+    if not all(rung_of(path) == rung for path in asked):
+        return False
+    ready = os.environ.get("TRITON_INTERPRET", "0") == RUNGS[rung]["TRITON_INTERPRET"]
+    return ready or ("triton" not in sys.modules and rung == "interpreter")
+
+
+class RungFile(pytest.File):
+    """A test file of a rung that runs elsewhere: one item."""
+
+    def collect(self) -> Iterator[pytest.Item]:
+        yield RungItem.from_parent(self, name=rung_of(self.path))
+
+
+class RungItem(pytest.Item):
+    def __init__(self, **kwargs) -> None:
+        super().__init__(**kwargs)
+        tree = ast.parse(self.path.read_text())
+        self.extra_keyword_matches.update(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+    def runtest(self) -> None:
+        raise AssertionError("runs in another process")
+
+    def reportinfo(self) -> tuple[Path, None, str]:
+        return self.path, None, f"{self.path.name} in a process of its own"
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Collector | None:
+    rung = rung_of(module_path)
+    if rung is None or _in_process(parent.config, rung):
+        return None
+    return RungFile.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
+    if not isinstance(item, RungItem):
+        return None
+    items = [i for i in item.session.items if isinstance(i, RungItem) and i.name == item.name]
+    if item is items[0]:
+        item.session.testscollected -= len(items)
+        _run(item, [i.path for i in items])
+    return True
+
+
+def _command(config: pytest.Config, paths: list[Path]) -> list[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "-p", f"{__package__}.reports", "-p", "no:cacheprovider"]
+    for flag, value in (("-k", config.option.keyword), ("-m", config.option.markexpr)):
+        command += [flag, value] if value else []
+    return [*command, f"--rootdir={config.rootpath}", *map(str, paths)]
+
+
+def _run(item: RungItem, paths: list[Path]) -> None:
+    """Run the files in a child and replay its reports; a child that dies is a failure of its own."""
+    session, config = item.session, item.config
+    receive, send = os.pipe()
+    environment = {**os.environ, **RUNGS[item.name], CHANNEL: str(send)}
+    finished = False
+    with tempfile.TemporaryFile("w+") as output:
+        child = subprocess.Popen(
+            _command(config, paths), cwd=config.rootpath, env=environment, pass_fds=[send], stdout=output, stderr=output
+        )
+        os.close(send)
+        with os.fdopen(receive) as lines:
+            for line in lines:
+                message = json.loads(line)
+                finished |= message["kind"] == "end"
+                _replay(session, message)
+                if session.shouldfail or session.shouldstop:
+                    child.terminate()
+        child.wait()
+        output.seek(0)
+        if not (finished or session.shouldfail or session.shouldstop):
+            _fail(item, f"the rung's process ended with {child.returncode}:\n{output.read()}")
+
+
+def _replay(session: pytest.Session, message: dict) -> None:
+    config = session.config
+    if message["kind"] == "end":
+        return
+    report = config.hook.pytest_report_from_serializable(config=config, data=message["report"])
+    if message["kind"] == "collect":
+        config.hook.pytest_collectreport(report=report)
+        return
+    if report.when == "setup":
+        session.testscollected += 1
+        config.hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
+    config.hook.pytest_runtest_logreport(report=report)
+    if report.when == "teardown":
+        config.hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+
+
+def _fail(item: RungItem, text: str) -> None:
+    location = (str(item.path.relative_to(item.config.rootpath)), None, item.name)
+    report = pytest.TestReport(item.nodeid, location, {}, "failed", text, "call")
+    item.session.testscollected += 1
+    item.config.hook.pytest_runtest_logreport(report=report)

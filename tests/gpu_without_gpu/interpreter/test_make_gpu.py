@@ -1,0 +1,40 @@
+"""`make gpu`, rehearsed: parity, then timing, CSV and picture, at tiny sizes; and nothing is timed that is wrong."""
+
+import csv
+
+import pytest
+
+from bench import gate, gpu
+
+from ... import cases
+
+pytestmark = pytest.mark.slow
+
+
+def rows_of(path):
+    with path.open() as file:
+        return list(csv.DictReader(line for line in file if line[0] != "#"))
+
+
+def test_from_parity_to_picture(tmp_path, capsys):
+    assert gpu.main(["--rehearse", "--output", str(tmp_path / "gpu.csv")]) == 0
+    rows = rows_of(tmp_path / "gpu.csv")
+    assert [(row["dtype"], row["method"], row["status"]) for row in rows] == [
+        ("bf16", "fused", "ok"), ("fp32", "fused", "ok"),
+    ]  # fmt: skip
+    assert all(float(row["median_ms"]) > 0 and float(row["gb_per_s"]) > 0 for row in rows)
+    assert (tmp_path / "gpu.png").stat().st_size > 5000
+    assert "a rehearsal, no result" in capsys.readouterr().out
+
+
+def test_wrong_gradients_get_no_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "parity", lambda *args: [])
+    monkeypatch.setattr(gate, "TOLERANCE", {"fp32": 1e-12, "bf16": 1e-12})
+    assert gpu.main(["--rehearse", "--output", str(tmp_path / "gpu.csv")]) == 1
+    assert all(row["status"].startswith("red gate") and not row["median_ms"] for row in rows_of(tmp_path / "gpu.csv"))
+
+
+def test_broken_parity_stops_all(tmp_path, monkeypatch):
+    monkeypatch.setattr(cases, "plain", lambda p: cases.exact(p))  # plain PyTorch without error: no backend is as good
+    assert gpu.main(["--rehearse", "--output", str(tmp_path / "gpu.csv")]) == 1
+    assert not (tmp_path / "gpu.csv").exists()

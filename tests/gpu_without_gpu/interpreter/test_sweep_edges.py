@@ -1,0 +1,298 @@
+"""Edges of the Triton kernels, in the interpreter with memory guarded: what has broken other people's kernels before.
+
+Offsets beyond 2^31, grids beyond 65,535, a label that equals a padded column, shards without a class, rows that are
+ignored, gradients without stride, loss scales in fp16, norms of any size, launches, waiting for the device.
+"""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_margin as fm
+from fused_margin import ops
+from fused_margin.functional import margin_cross_entropy
+from fused_margin.kernels import configs, gradients, launch, tune
+from fused_margin.kernels.configs import use
+from fused_margin.spec import Aux, Spec, Want
+
+from ... import cases, oracle
+from ...cases import MARGINS, Mode, problem
+from ...error_rule import ErrorRule
+from ...test_edges import NORMS, _by_rows
+from .test_sweep_numbers import BATCH, CLASSES, Sweep, device
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.fixture(autouse=True)
+def tiny():
+    with use(device()):
+        yield
+
+
+def ring(batch=BATCH, classes=CLASSES, dim=20, seed=0):
+    x, w, labels = cases.spread(batch, classes, dim, seed)
+    return x.float().requires_grad_(), w.float().requires_grad_(), labels
+
+
+def loss_and_gradients(x, w, labels, margin="arcface_linear", **options):
+    case = MARGINS[margin]
+    loss = margin_cross_entropy(x, w, labels, case.make(case.params), backend="triton", **options)
+    return [loss, *torch.autograd.grad(loss.sum(), (x, w))]
+
+
+def test_label_in_the_last_padded_tile():
+    """75 classes fill three tiles of 32 up to column 95. Labels: the last class; columns 75 and 95, no classes."""
+    sweep = Sweep("identity", torch.float32, "shard", bias=False)
+    sweep.labels[:5] = 11 + torch.tensor([CLASSES - 1, CLASSES, 95, 96, 0])
+    sweep.check()
+
+
+def test_labels_outside_and_ignored_rows_that_hold_nan():
+    x, w, labels = ring()
+    labels[3:6] = -100
+    clean = loss_and_gradients(x, w, labels)
+    with torch.no_grad():
+        x[3:6] = float("nan")
+    for got, expected in zip(loss_and_gradients(x, w, labels), clean, strict=True):
+        assert torch.equal(got, expected)
+    assert not clean[1][3:6].any()
+    with pytest.raises(RuntimeError, match=rf"labels\[0\] = {CLASSES} is outside"):
+        loss_and_gradients(x, w, torch.full_like(labels, CLASSES))
+
+
+@pytest.mark.parametrize("form", ["flash", "chunk"])
+@pytest.mark.parametrize("batch", [0, BATCH], ids=["empty batch", "all ignored"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_no_row_counts(form, batch, reduction):
+    x, w, labels = ring(BATCH)
+    x = x[:batch].detach().requires_grad_()
+    with use(device(form)):
+        loss, d_x, d_w = loss_and_gradients(x, w, torch.full_like(labels[:batch], -100), reduction=reduction)
+    for t in (loss, d_x, d_w):
+        assert torch.equal(t, torch.zeros_like(t))
+
+
+@pytest.mark.parametrize("form", ["flash", "chunk"])
+def test_shard_without_a_class(form):
+    sweep = Sweep("hard", torch.float32, bias=False)
+    x, w, scale = (sweep.leaves[n] for n in ("x", "w", "scale"))
+    with use(device(form)):
+        want = int(Want.DX | Want.DSCALE | Want.STATS | (Want.SUM if form == "chunk" else 0))
+        empty = torch.empty(0, dtype=torch.long)
+        args = torch.tensor([1.2, 0.2])
+        got = ops.sweep(x, w, sweep.labels, scale, sweep.tau, None, empty, args, sweep.spec("triton", want=want))
+        assert (got[0] == -torch.inf).all()
+        assert (Aux(*got[3]).best == -torch.inf).all()
+        for t in (*got[1:3], *sweep.gradients(got, sweep.leaves).values()):
+            assert torch.equal(t, torch.zeros_like(t))
+
+
+def test_row_without_a_rival():
+    x, w, labels = ring(5, 1)
+    for t in loss_and_gradients(x, w, labels * 0):
+        assert torch.equal(t, torch.zeros_like(t))
+
+
+def test_gradient_without_stride_is_that_with_it():
+    x, w, labels = ring()
+    red, cos_y, _, _ = ops.sweep(x, w, labels, torch.full((BATCH,), 30.0), None, None, None, torch.zeros(0), spec())
+    ones = torch.ones(BATCH)
+    dense = torch.autograd.grad((red, cos_y), (x, w), (ones, ones), retain_graph=True)
+    expanded = torch.autograd.grad((red, cos_y), (x, w), (torch.ones(1).expand(BATCH),) * 2)
+    for a, b in zip(dense, expanded, strict=True):
+        assert torch.equal(a, b)
+
+
+def spec(**changes):
+    fixed = {"num_classes": CLASSES, "want": int(Want.DX), "backend": "triton"}
+    return Spec(**fixed | changes)
+
+
+def test_same_bits_twice():
+    x, w, labels = ring()
+    labels[:] = labels[:4].repeat(5)[:BATCH]  # many rows add to one class
+    for operands in (torch.float32, torch.bfloat16, torch.float16):
+        first, second = (loss_and_gradients(x, w, labels, compute_dtype=operands) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("far", ["w", "x"])
+def test_offsets_beyond_31_bits(far):
+    """Five rows in a storage of more than 2^31 elements, of which only those rows are touched."""
+    dim, rows = 20, 5
+    distance = 2**29 + 2**20
+    with torch.no_grad():
+        torch.utils.deterministic.fill_uninitialized_memory = False  # which would touch it all
+        try:
+            storage = torch.empty((rows - 1) * distance + dim, dtype=torch.bfloat16)
+        finally:
+            torch.utils.deterministic.fill_uninitialized_memory = True
+        given = {"x": torch.randn(rows, dim).bfloat16(), "w": torch.randn(rows, dim).bfloat16()}
+        strided = storage.as_strided((rows, dim), (distance, 1))
+        strided.copy_(given[far])
+    near = [t.requires_grad_() for t in given.values()]
+    labels = torch.tensor([4, 0, 4, 2, 3])
+    there = [strided.requires_grad_() if n == far else t.detach().requires_grad_() for n, t in given.items()]
+    for a, b in zip(loss_and_gradients(*near, labels), loss_and_gradients(*there, labels), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.slow
+def test_more_tiles_than_a_grid_axis_has():
+    """65,540 tiles of 16 classes; the last class is a target."""
+    classes = 65540 * 16 - 3
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(16, 16, generator=g), torch.randn(classes, 16, generator=g)
+    labels = torch.full((16,), classes - 1)
+    labels[:8] = torch.arange(8) * 100003
+    with use(device(slots=16)._replace(programs=1)):
+        got = ops.sweep(
+            x, w, labels, torch.full((16,), 20.0), None, None, None, torch.zeros(0), spec(num_classes=classes, want=0)
+        )
+    exact = oracle.sweep(x.double(), w.double(), labels, torch.full((16,), 20.0, dtype=torch.float64))
+    torch.testing.assert_close(got[0].double(), exact.red, rtol=1e-6, atol=0)
+    torch.testing.assert_close(got[1].double(), exact.cos_y, rtol=0, atol=1e-6)
+
+
+def test_grid_is_one_axis_of_bounded_length(monkeypatch):
+    """30 million classes: every launch has one axis, of less than 2^31 programs."""
+    programs = []
+    record = lambda kernel, count, *args, **constants: programs.append(count)  # noqa: E731
+    for module in (launch, gradients):
+        monkeypatch.setattr(module, "run", record)
+    monkeypatch.setattr(gradients, "multiply", lambda *args, **options: None)
+    x = torch.empty(4096, 512, device="meta")
+    w, labels = torch.empty(30_000_000, 512, device="meta"), torch.empty(4096, dtype=torch.long, device="meta")
+    row = torch.empty(4096, device="meta")
+    with use(configs.DEVICES["cuda90"]):
+        given = spec(num_classes=30_000_000)
+        red, _, _, *kept = launch.sweep(x, w, labels, row, None, None, None, row, given)
+        gradients.sweep_backward(row, row, row, x, w, labels, row, None, None, None, row, red, *kept, given, 3)
+    assert len(programs) > 100
+    assert max(programs) < 2**31
+
+
+@pytest.mark.parametrize("factor", [1.0, 65536.0, 1e-6])
+def test_loss_scale_in_fp16(factor):
+    """A GradScaler's factor, which alone would fill fp16's range, changes gradients by a rounding of it at most."""
+    found = []
+    for f in (1.0, factor):
+        x, w, labels = ring()
+        loss = margin_cross_entropy(x, w, labels, fm.ArcFace(0.5), backend="triton", compute_dtype=torch.float16)
+        found.append([g / f for g in torch.autograd.grad(f * loss, (x, w))])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * float(a.abs().max()))
+        assert a.isfinite().all()
+
+
+@pytest.mark.parametrize("operands", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("side", ["x", "w"])
+@pytest.mark.parametrize("norms", NORMS)
+def test_norms(norms, side, operands):
+    """Rows of w and x of any length, though fp16 holds numbers from 6e-8 to 65504 only."""
+    rounded = None if operands == torch.float32 else operands
+    p = problem(MARGINS["cosface"], Mode(torch.float32, torch.float32, operands, rounded), 20, 40, 24)
+    given = oracle.unit(p.tensors[side].double())
+    factors = torch.tensor(NORMS[norms], dtype=torch.float64).repeat(10)[: len(given), None]
+    p.tensors[side] = (given * factors).float()
+    got, plain, exact = cases.run(p, "triton"), cases.plain(p), cases.exact(p)
+    rule, name = ErrorRule(), f"d_{side}"
+    rule.add_all(*({n: t for n, t in found.items() if n != name} for found in (got, plain, exact)))
+    rule.add_all(*(_by_rows({name: found[name]}, exact) for found in (got, plain, exact)))
+    rule.check()
+
+
+@pytest.mark.parametrize("ahead", [0, 1], ids=["tau at the best rival", "tau just below it"])
+@pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_masks_are_decided_alike_in_both_directions(operands, ahead):
+    """tau is a rival's cosine to the last bit; else the probabilities of the backward would not add up to 1."""
+    sweep = Sweep("hard", operands)
+    x, w, bias = sweep.leaves["x"], sweep.leaves["w"], sweep.leaves["bias"]
+    bias.data.zero_()
+    scale, args, given = torch.full((BATCH,), 30.0), torch.tensor([1.2, 0.2]), spec(rule="hard", compute_dtype=operands)
+    run = lambda tau, given: ops.sweep(x, w, sweep.labels, scale, tau, bias, None, args, given)  # noqa: E731
+    stats = given._replace(want=int(Want.DX | Want.STATS))
+    unmasked, _, _, aux = run(torch.full((BATCH,), 2.0), stats)
+    best = Aux(*aux).best
+    red, _, _, aux = run(torch.nextafter(best, best - 1) if ahead else best, stats)
+    assert bool((red > unmasked).all()) if ahead else torch.equal(red, unmasked)
+    assert torch.equal(Aux(*aux).masked_count, torch.full((BATCH,), float(ahead)))
+    (d_bias,) = torch.autograd.grad(red.sum(), bias)
+    assert float(d_bias.double().sum()) == pytest.approx(BATCH, rel=1e-5)
+
+
+class Waiting(TorchDispatchMode):
+    """Fails at an operator that would wait for a GPU, or whose shape depends on values; lists what is launched."""
+
+    WAITS = ("_local_scalar_dense", "item", "nonzero", "masked_select", "unique", "equal", "is_nonzero", "bincount")
+    FREE = ("empty", "new_empty", "view", "detach", "slice", "select", "t", "unbind", "expand", "alias", "as_strided")
+
+    def __init__(self):
+        super().__init__()
+        self.operators = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert not any(name.startswith(w) for w in self.WAITS), f"{name} waits for the device"
+        if not func.is_view and name not in self.FREE and name != "empty_like":
+            self.operators.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form, chunk_launches", [("flash", 3), ("chunk", 4)])
+def test_launches_and_no_waiting(form, chunk_launches, monkeypatch):
+    """Forward: 4 launches. Backward: 3 of them, and at most 4 for each of 3 chunks. No operator reads a value."""
+    kernels = []
+
+    def counted(kernel, programs, *args, **constants):
+        kernels.append(kernel.fn.__name__)
+
+    for module in (launch, gradients):
+        monkeypatch.setattr(module, "run", counted)
+    monkeypatch.setattr(gradients, "_CHUNK_CLASSES", (32, 32))
+    x, w, labels = (t.detach() for t in ring())
+    scale, g = torch.full((BATCH,), 30.0), torch.ones(BATCH)
+    with use(device(form)), Waiting() as seen:
+        forms = [1.0, 1.0, 1.0, 0.5, 0.0]
+        _, rows, aux, o_red = launch.sweep_loss(x, w, labels, scale, scale, spec(), forms, "mean")
+        assert kernels == ["prologue", "sweep_kernel", "epilogue", "row_loss"]
+        assert not seen.operators
+        kernels.clear()
+        gradients.sweep_backward(
+            g, g, g, x, w, labels, scale, None, None, None, scale, rows[3], aux, o_red, o_red[:0], spec(), 3
+        )
+    tiles = -(-CLASSES // 32)
+    assert kernels == ["backward_rows", "prologue", *["gradient_kernel", "finish_weights"] * tiles, "finish_x"]
+    assert len(seen.operators) == (chunk_launches - 2) * tiles
+    assert set(seen.operators) <= {"mm", "addmm"}
+
+
+def test_a_waiting_operator_is_seen():
+    with Waiting(), pytest.raises(AssertionError, match="waits for the device"):
+        torch.ones(3).nonzero()
+
+
+def test_precision_on_request(monkeypatch):
+    assert "tf32" not in {record.precision for record in configs.DEVICES.values()}
+    monkeypatch.setenv("FUSED_MARGIN_TRITON_PRECISION", "tf32")
+    assert configs.device_for(torch.zeros(1)).precision == "tf32"
+    monkeypatch.setenv("FUSED_MARGIN_TRITON_PRECISION", "fp8")
+    with pytest.raises(ValueError, match="expected one of"):
+        configs.device_for(torch.zeros(1))
+
+
+def test_tuning_times_each_candidate_once(monkeypatch):
+    """FUSED_MARGIN_TRITON_TUNE=1 changes tiles, and numbers by rounding only."""
+    timed = []
+    monkeypatch.setattr(tune, "CANDIDATES", (device(slots=16).half.sweep, device(slots=64).half.sweep))
+    monkeypatch.setattr(tune, "_best", {})
+    monkeypatch.setattr(tune, "_time", lambda go, p: timed.append(p.cut) or -len(timed))
+    expected = loss_and_gradients(*ring())
+    assert not timed
+    monkeypatch.setenv("FUSED_MARGIN_TRITON_TUNE", "1")
+    for _ in range(2):
+        for a, b in zip(loss_and_gradients(*ring()), expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    assert [cut.sweep.slots for cut in timed[:3]] == [32, 16, 64]
+    assert [cut.gradient.slots for cut in timed[3:]] == [32, 16, 64]

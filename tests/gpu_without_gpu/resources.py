@@ -1,0 +1,101 @@
+"""What the shipped kernels need on each architecture, compiled ahead of time in their default configurations.
+
+test_resources.py holds the rows to a budget, docs/gpu.md shows them.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from fused_margin.spec import Need, Want
+
+from . import fake_driver
+from .steps import shaped_step
+
+ARCHES = (80, 90, 100, 120, "gfx942")
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+SWEEPING = ("sweep_kernel", "gradient_kernel")  # the O(B C D) kernels
+
+
+class Step(NamedTuple):
+    """A step whose kernels are compiled: its name in the table, and `shaped_step`'s arguments."""
+
+    name: str
+    options: dict
+
+
+SHAPE = {"batch": 512, "classes": 10**6, "dim": 512}
+STEPS = (
+    Step("bf16", {**SHAPE, "dtype": BF16}),
+    Step("fp16", {**SHAPE, "dtype": FP16}),
+    Step("bf16, w bf16", {**SHAPE, "dtype": BF16, "weight_dtype": BF16}),
+    Step("fp32", {**SHAPE, "dtype": FP32}),
+    Step("bf16, D=128", {**SHAPE, "dim": 128, "dtype": BF16}),
+    Step("bf16, hard mask", {**SHAPE, "dtype": BF16, "rule": "hard", "want": Want.DX | Want.STATS}),
+    Step(
+        "bf16, softplus",
+        {
+            **SHAPE, "dtype": BF16, "rule": "power", "reduction": "softplus", "bias": True,
+            "want": Want.DX | Want.DSCALE, "need": Need.X | Need.W | Need.SCALE | Need.BIAS,
+        },
+    ),
+)  # fmt: skip
+
+
+class Row(NamedTuple):
+    step: str
+    arch: str
+    kernel: str
+    tile: str
+    regs: int
+    spill: int  # bytes stored and loaded, a thread; on AMD registers
+    shared: int
+    limit: int
+    tensor_ops: str
+    wide_loads: int  # 128-bit loads and asynchronous copies of global memory
+
+
+def name_of(arch):
+    return arch if isinstance(arch, str) else f"sm_{arch}"
+
+
+def tile_of(launch):
+    """Rows x slots x depth (or the width of a row), warps and stages."""
+    a, options = launch.args, launch.options
+    names = ("ROWS", "SLOTS", "DEPTH") if "DEPTH" in a else ("ROWS", "SLOTS", "WIDTH")
+    sizes = [a[name] for name in names if name in a]
+    return f"{'x'.join(map(str, sizes))} w{options.get('num_warps', 4)} s{options.get('num_stages', 3)}"
+
+
+def rows_of(step, arch, only=None):
+    """Compile each kernel of the step once."""
+    with fake_driver.recorded(arch) as launches:
+        shaped_step(**step.options)
+    seen = set()
+    for launch in launches:
+        key = launch.name, str([(n, v) for n, v in launch.args.items() if n.isupper()])
+        if key in seen or (only and launch.name not in only):
+            continue
+        seen.add(key)
+        r = fake_driver.resources(launch.compile())
+        ops = " ".join(f"{op} {n}" for op, n in r["tensor_ops"].items())
+        limit = fake_driver.SHARED_LIMIT[arch]
+        yield Row(
+            step.name, name_of(arch), launch.name, tile_of(launch), r["regs"], r["spill"], r["shared"], limit, ops,
+            r["wide_loads"],
+        )  # fmt: skip
+
+
+def shown(row):
+    """As the table in docs/gpu.md has it."""
+    return {
+        "operands": row.step,
+        "device": row.arch,
+        "kernel": f"`{row.kernel}`",
+        "tile": row.tile,
+        "registers": row.regs,
+        "spilled": row.spill,
+        "shared": f"{row.shared / 1024:.0f} of {row.limit / 1024:.0f} KB",
+        "tensor cores": row.tensor_ops or "-",
+        "128-bit loads": row.wide_loads,
+    }

@@ -1,0 +1,55 @@
+"""The Triton backend where there is no GPU: it says why it cannot run. Its numbers: gpu_without_gpu."""
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fused_margin as fm
+from fused_margin.backends import triton
+from fused_margin.spec import Spec
+
+X, W = torch.zeros(4, 8), torch.zeros(5, 8)
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
+def reasons(x=X, w=W, **spec):
+    return "; ".join(triton.why_not(x, w, Spec(**spec)))
+
+
+def test_why_not(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert reasons().startswith("embeddings are on cpu, not on a GPU")
+    if not torch.cuda.is_available():
+        assert "torch sees no GPU" in reasons(None, None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "Triton is not installed (pip install triton)" in reasons(None, None)
+    assert "triton: Triton is not installed" in _error(backend="triton")
+
+
+def _error(**options):
+    with pytest.raises(ValueError, match="cannot run this") as caught:
+        fm.functional.margin_cross_entropy(X, W, torch.zeros(4).long(), fm.CosFace(), **options)
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_why_not_of_an_input():
+    assert "embeddings are torch.float64; the kernels take float32, bfloat16 and float16" in reasons(X.double())
+    assert "compute_dtype is torch.float64" in reasons(compute_dtype=torch.float64)
+    assert "the dimension is 8200; the kernels take at most 8192" in reasons(torch.zeros(1, 8200), torch.zeros(1, 8200))
+    assert "sub_centers is 17; the kernels take at most 16" in reasons(sub_centers=17)
+    if importlib.util.find_spec("triton"):
+        assert reasons() == ""
+
+
+def test_import_brings_no_triton():
+    code = "import sys, fused_margin; assert fm_free(), [n for n in sys.modules if n.startswith('triton')]"
+    code = "import sys; fm_free = lambda: 'triton' not in sys.modules\n" + code
+    subprocess.run([sys.executable, "-c", code], check=True)
