@@ -27,7 +27,9 @@ def test_readme_snippets_run(capsys):
     assert scope["head"].weight.grad.shape == (100_000, 512)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/losses.md", "docs/adding_a_loss.md", "csrc/README.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/losses.md", "docs/adding_a_loss.md", "docs/partial_fc.md", "csrc/README.md"]
+)
 def test_links_lead_somewhere(document):
     path = ROOT / document
     for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):

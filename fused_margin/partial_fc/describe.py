@@ -15,7 +15,8 @@ def of_value(value: object) -> object:
     if isinstance(value, (PerClass, PerSample)):
         return type(value).__name__, of_value(value.values)
     if isinstance(value, Tensor):
-        return str(value.dtype), tuple(value.shape), float(value.detach().double().sum())
+        total = None if value.is_meta else float(value.detach().double().sum())
+        return str(value.dtype), tuple(value.shape), total
     if isinstance(value, nn.Module):  # parameters may be drawn; the ranks get those of the first one
         shapes = [(n, tuple(p.shape)) for n, p in value.named_parameters()]
         buffers = [(n, of_value(b)) for n, b in value.named_buffers()]

@@ -164,9 +164,8 @@ class PartialFC(MarginHead):
     def reset_parameters(self) -> None:
         """The first weights, N(0, 0.01), of the seed: the same for any number of ranks (of one kind of device)."""
         local, first, last = self._rows("weight"), self.layout.first, self.layout.last
-        generator = torch.Generator(local.device)
         for block in range(first // _INIT_ROWS, -(-last // _INIT_ROWS)):
-            generator.manual_seed(mixed(self.seed, _INIT, block))
+            generator = _generator(local.device, self.seed, _INIT, block)
             begin = block * _INIT_ROWS
             drawn = torch.empty(_INIT_ROWS, local.shape[1], dtype=local.dtype, device=local.device)
             drawn.normal_(std=0.01, generator=generator)
@@ -287,8 +286,7 @@ class PartialFC(MarginHead):
         if self.sampling == "hard":
             x = torch.where(valid[:, None], batch.x, 0)
             return hard(target, count, x, w.detach(), self.sub_centers)
-        generator = torch.Generator(w.device)
-        generator.manual_seed(mixed(self.seed, _SAMPLE, self.step, self.layout.rank))
+        generator = _generator(w.device, self.seed, _SAMPLE, self.step, self.layout.rank)
         draw = {"stratified": stratified, "uniform": uniform}[self.sampling]
         return draw(target, self.layout.count, count, generator)
 
@@ -392,6 +390,12 @@ class PartialFC(MarginHead):
             f"classes={self.layout.first}..{self.layout.last} on rank {self.ranks.rank} of {self.ranks.world}"
         ] * (self.ranks.world > 1)
         return ", ".join(parts)
+
+
+def _generator(device: torch.device, *seeds: int) -> torch.Generator:
+    generator = torch.Generator(device)
+    generator.manual_seed(mixed(*seeds))
+    return generator
 
 
 class _Any(functional.Shard):

@@ -15,7 +15,7 @@ from ..cases import Mode
 from ..loss_table import LOSSES
 from ..test_losses import default_dtype, options, upstream
 
-_one_at_a_time = threading.Lock()  # torch's random generator is one for all threads
+one_at_a_time = threading.Lock()  # torch's random generator is one for all threads
 
 
 class Outcome(NamedTuple):
@@ -48,7 +48,7 @@ def build(name: str, mode: Mode, inputs: tuple, gradient: str = "exact", **more)
     """The head of a loss of the table, with these weights."""
     loss, (x, w, _) = LOSSES[name], inputs
     classes = len(w) // loss.centres
-    with _one_at_a_time, default_dtype(mode.acc):
+    with one_at_a_time, default_dtype(mode.acc):
         torch.manual_seed(5)
         margin, given = loss.make(classes, x.shape[1], gradient=gradient), options(loss, classes)
         given.pop("sub_centers", None)

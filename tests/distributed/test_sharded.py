@@ -312,10 +312,11 @@ class TestOptions:
 
     def test_eval_sweeps_all_classes_and_moves_nothing(self):
         x, labels, _, _ = self.inputs()
-        whole = fm.PartialFC(self.D, self.C, fm.CurricularFace(), dtype=torch.float64).eval()
+        classes = 20 * self.C  # so that a sample would not be all of them
+        whole = fm.PartialFC(self.D, classes, fm.CurricularFace(), dtype=torch.float64).eval()
 
         def body():
-            head = fm.PartialFC(self.D, self.C, fm.CurricularFace(), sample_rate=0.1, dtype=torch.float64).eval()
+            head = fm.PartialFC(self.D, classes, fm.CurricularFace(), sample_rate=0.1, dtype=torch.float64).eval()
             before = copy.deepcopy({k: plain(v) for k, v in head.state_dict().items()})
             loss = head(x[part(self.SPLITS)], labels[part(self.SPLITS)])
             assert all(torch.equal(plain(v), before[k]) for k, v in head.state_dict().items())
