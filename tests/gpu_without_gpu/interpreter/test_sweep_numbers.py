@@ -159,7 +159,7 @@ def _cases():
         yield pytest.param(*values, marks=() if quick else pytest.mark.slow)
 
 
-@pytest.mark.parametrize("rule, operands, reduction, part, unit_slope, layout, bias, dim", _cases())
+@pytest.mark.parametrize("rule, operands, reduction, part, unit_slope, layout, bias, dim", list(_cases()))
 def test_sweep(rule, operands, reduction, part, unit_slope, layout, bias, dim):
     form, sums = part
     pooled = ErrorRule()
