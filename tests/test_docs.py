@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+import torch
 
 import fused_margin as fm
 from fused_margin.check import all_margins
@@ -106,6 +107,35 @@ def test_every_loss_of_the_demo_has_its_figures(demo_losses):
     text = (ROOT / "docs/losses.md").read_text().partition("| loss | trained as |")[2].partition("\n\n")[0]
     rows = re.findall(r"^\| `([a-z0-9+-]+)` \| `(.*)` \| (?:[\d.]+% \||not run)", text, re.MULTILINE)
     assert rows == [(name, demo_losses.Loss(name).described(600)) for name in demo_losses.LOSSES]
+
+
+def test_parameters_that_learn_get_a_gradient():
+    """Those that docs/losses.md names, one value a class; those that it says are one number refuse to."""
+    text = (ROOT / "docs/losses.md").read_text().partition("**Parameters** of a target")[2].partition("\n## ")[0]
+    listed, _, others = text.partition("- the scale")
+    found = {name: re.findall(r"\w+", names) for name, names in re.findall(r"`(\w+)`: ([\w, ]+)", listed)}
+    assert len(found) >= 13
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(7, 6, generator=g).double(), torch.randn(9, 6, generator=g).double()
+    for name, parameters in found.items():
+        for parameter in parameters:
+            fixed = {"version": 1} if name == "SphereFaceR" else {}
+            start = getattr(getattr(fm, name)(**fixed), parameter)
+            learned = torch.full((9,), float(start) + 0.01, dtype=torch.float64, requires_grad=True)
+            margin = getattr(fm, name)(**fixed, **{parameter: learned})
+            raw = {"normalize_embeddings": False, "normalize_weight": False} if margin.products else {}
+            loss = fm.margin_cross_entropy(x, w, torch.arange(7), margin, scale=8.0, backend="reference", **raw)
+            (grad,) = torch.autograd.grad(loss, learned)
+            assert grad[:7].any(), (name, parameter)
+    learned = torch.tensor(0.3, requires_grad=True)
+    for name, options in (
+        *((n, {"m": learned}) for n in ("CurricularFace", "AdaFace", "ElasticFace", "CircleLoss")),
+        ("UniFace", {"num_classes": 9, "m": learned}),
+        *(("EqM", {n: learned}) for n in ("t1", "t2", "offset")),
+    ):
+        assert f"`{name}`" in others
+        with pytest.raises(TypeError, match="asks for a gradient"):
+            getattr(fm, name)(**options)
 
 
 def test_adding_a_loss_runs():
