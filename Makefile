@@ -20,7 +20,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test: build
 	@$(BIN)/python -m pytest -q
 
-# Every proof of the GPU kernels, the slow ones too: under 10 minutes; and the tables of docs/gpu.md.
+# Every proof of the GPU kernels, the slow ones too, and the tables of docs/gpu.md.
 test-gpu-without-gpu: build
 	@rm -rf build/proof
 	@FUSED_MARGIN_PROOF=build/proof $(BIN)/python -m pytest -q -m "not gpu" tests/gpu_without_gpu

@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 OPTIMIZERS = ("sgd", "adamw", "sweep-sgd", "sweep-adamw")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-_COMPUTE, _BANDWIDTH = 0.6, 0.85  # of a data sheet's rates that kernels of this kind are seen to reach
-_GATHERED = 2**26  # bytes up to which the merge of the shards' sums is one gather, as fm.PartialFC has it
+_COMPUTE, _BANDWIDTH = 0.6, 0.85  # of a data sheet's rates: assumed, not measured
 _NODE, _NETWORK = 8, 50.0  # ranks in one machine; GB/s beyond it, one 400 Gb/s adapter for each rank
 
 
@@ -164,13 +163,15 @@ def communication(s: Setup) -> list[Transfer]:
     """What a rank sends in a step; nothing where there is one rank."""
     if s.world == 1:
         return []
+    from .partial_fc.ranks import GATHERED_BYTES  # brings torch.distributed, slow to import
+
     others = (s.world - 1) / s.world
     row = s.dim * BYTES[s.embedding_dtype] + 8
     found = [Transfer("all_gather", "embeddings and labels", others * s.batch * row)]
     if s.mask:
         found.append(Transfer("all_reduce", "target cosines, for the margin's mask", 2 * others * s.batch * 4))
     part = 8 * s.batch  # a vector [B] in float64
-    if s.world * 4 * part <= _GATHERED:
+    if s.world * 4 * part <= GATHERED_BYTES:
         found.append(Transfer("all_gather", "log-sum-exps, target cosines", (s.world - 1) * 4 * part))
     else:
         found.append(Transfer("all_reduce", "maxima of the log-sum-exps", 2 * others * 2 * part))

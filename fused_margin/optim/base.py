@@ -5,6 +5,7 @@ State is float32 (float64 for float64 weights), of the weight's shape; "step" [R
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Iterable
 from numbers import Real
@@ -29,7 +30,7 @@ def _rate(lr: float | Tensor) -> None:
         raise ValueError(f"lr = {lr!r}; expected a number of at least 0")
 
 
-class RowOptimizer(torch.optim.Optimizer):
+class RowOptimizer(torch.optim.Optimizer, abc.ABC):
     """Steps on rows of its parameters; a subclass says which rule, another what a gradient is."""
 
     @torch.no_grad()
@@ -57,20 +58,21 @@ class RowOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    @abc.abstractmethod
     def _step_one(self, parameter: Tensor, w: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        """w and grad: this rank's part, w without gradient."""
-        raise NotImplementedError
+        """One step of one parameter; w and grad are this rank's part, w without gradient."""
 
+    @abc.abstractmethod
     def _check(self, group: dict[str, Any]) -> None:
-        raise NotImplementedError
+        """Raises for hyperparameters of a group that the rule cannot take."""
 
+    @abc.abstractmethod
     def _update(self, group: dict[str, Any]) -> Update:
         """The numbers of a step."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _names(self, group: dict[str, Any]) -> dict[str, str]:
         """The state's tensors: the field of `State` and the name in state_dict."""
-        raise NotImplementedError
 
     def _local_state(self, parameter: Tensor, group: dict[str, Any], dim: int) -> State:
         """This rank's part of the state, made where it is not there yet, as rows [R, dim]."""

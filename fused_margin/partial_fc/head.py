@@ -218,7 +218,6 @@ class PartialFC(MarginHead):
         valid = batch.labels != self.options["ignore_index"]
         margin, class_weight = self._at_rows(shard, batch.labels, valid)
         weights = [t for t in (batch.sample_weight, class_weight) if t is not None]
-        options = self.options | {"reduction": "none"} if self.options["reduction"] == "none" else self.options
         out = functional.margin_cross_entropy(
             x,
             w,
@@ -229,7 +228,7 @@ class PartialFC(MarginHead):
             return_stats=return_stats,
             sample_weight=torch.stack(weights).prod(0) if weights else None,
             shard=shard,
-            **options,
+            **self.options,
         )
         if self.training:
             self.step += 1
