@@ -12,7 +12,7 @@ METHODS = OWN | PEERS
 def compared(case: Case) -> list[str]:
     """Methods of a case unless --methods says: peers at the centre, on small heads and without a margin, else three.
 
-    Each method more is a process more for each case, and an hour more for all.
+    Each method more is a process more in every case.
     """
     centre = Case(threads=case.threads, device=case.device)
     small = [replace(centre, batch=64, classes=classes) for classes in SMALL]
