@@ -68,6 +68,7 @@ class Call(NamedTuple):
     rule_args: Tensor
     red: Tensor  # [B]
     aux: Tensor  # [6, B]
+    kept: Tensor  # products of the forward, or none
 
 
 class RowData(NamedTuple):
@@ -88,6 +89,10 @@ class RowData(NamedTuple):
                 "change the weight at no time between backward() and step()"
             )
 
+    def forget(self) -> RowData:
+        """The same without products: of the calls of a step one may keep them, so that memory does not add up."""
+        return self._replace(call=self.call._replace(kept=self.call.kept.new_empty(0)))
+
     def with_upstream(self, f: Callable[[list[Tensor]], Iterable[Tensor]]) -> RowData:
         """The same with f of the three upstream gradients."""
         g_red, g_cos_y, g_sum_u = f(list(self.call[:3]))
@@ -98,10 +103,10 @@ def gradient(w: Tensor, parameter: Tensor, call: Call, index: Tensor | None, spe
     """Of one backward. What is kept is cloned: until the step, the caller may do as he likes with his tensors."""
     if not RULES[spec.rule].needs_tau:
         call = call._replace(tau=None)  # sweep_loss gives one in any case
-    kept = Call(*(None if t is None else t.detach().clone() for t in call))
+    mine = Call(*(None if t is None else t.detach().clone() for t in call[:-1]), call.kept)
     index = None if index is None else index.clone()
     spec = spec._replace(want=int(Want.NONE))  # what else the forward gave makes no difference now
-    return DeferredGradient(w, [RowData(kept, index, spec, w.detach(), parameter, parameter._version)])
+    return DeferredGradient(w, [RowData(mine, index, spec, w.detach(), parameter, parameter._version)])
 
 
 class DeferredGradient(Tensor):
@@ -170,7 +175,8 @@ def _sum(a: Tensor, b: Tensor, alpha: float = 1) -> list[RowData]:
             "too, as from a penalty on the weight or another use of it; expected calls of the head only. Use "
             "weight_decay for a penalty, or train this weight with an optimizer of torch, RowSGD or RowAdamW"
         )
-    return a.calls + [c.with_upstream(lambda g: [alpha * t for t in g]) if alpha != 1 else c for c in b.calls]
+    more = [c.with_upstream(lambda g: [alpha * t for t in g]) if alpha != 1 else c for c in b.calls]
+    return a.calls + [c.forget() for c in more] if a.calls else more
 
 
 def _add_(a: DeferredGradient, b: Tensor, alpha: float = 1) -> DeferredGradient:

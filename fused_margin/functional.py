@@ -161,7 +161,7 @@ def _by_kernel(
     """The loss, of a margin that kernels know: everything up to the rows' losses is one operator."""
     x, w, labels, spec, _ = head
     s = row_scale(scale, x, labels, spec.num_classes)
-    spec = spec._replace(want=_want(x, s, stats, margin, extras.smoothing))
+    spec = spec._replace(want=_want(x, w, s, stats, margin, extras.smoothing))
     reduction = "none" if extras.weigh else extras.reduction
     loss, of_rows, aux = ops.sweep_loss(x, w, labels, s, margin.rule().tensor(x), spec, forms, reduction)
     if extras.weigh:
@@ -182,13 +182,13 @@ def _by_torch(
     return_stats: bool,
 ) -> tuple[Tensor, Stats | None]:
     """The loss, of any margin: the work on [B] is PyTorch's, slopes are autograd's."""
-    x, _, labels, spec, shard = head
+    x, w, labels, spec, shard = head
     found = _row_stats(head, margin, scale)
     margin = margin.prepare(found, labels)
     s = _scale_at_rows(head, scale, found)
     extra_bias = margin.bias()
     bias = bias if extra_bias is None else shard.part(extra_bias, spec.num_classes)
-    spec = spec._replace(rule=margin.rule().name, want=_want(x, s, return_stats, margin, extras.smoothing))
+    spec = spec._replace(rule=margin.rule().name, want=_want(x, w, s, return_stats, margin, extras.smoothing))
     out, margin, stats = _sweep(head._replace(spec=spec), margin, s, bias, found, return_stats)
     loss = rows.smoothed(margin.row_loss(out), out, extras.smoothing, shard.swept(spec)) + margin.penalty()
     return rows.reduced(loss, labels, head.valid, spec.num_classes, extras), stats
@@ -411,13 +411,14 @@ def _compute_dtype(asked: torch.dtype | None, embeddings: Tensor) -> torch.dtype
     return asked
 
 
-def _want(embeddings: Tensor, scale: Tensor, stats: bool, margin: Margin, smoothing: float) -> int:
+def _want(embeddings: Tensor, weight: Tensor, scale: Tensor, stats: bool, margin: Margin, smoothing: float) -> int:
     grad = torch.is_grad_enabled()
     wanted = {
         Want.STATS: stats or "hard_mean" in margin.needs,
         Want.SUM: smoothing > 0 or "sum_u" in margin.needs,
         Want.DX: grad and embeddings.requires_grad,
         Want.DSCALE: grad and scale.requires_grad,
+        Want.DW: grad and weight.requires_grad,
     }
     return sum(int(flag) for flag, asked in wanted.items() if asked)
 

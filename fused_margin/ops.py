@@ -1,9 +1,10 @@
 """The primitive as registered operators: one schema, one fake kernel, one autograd rule, whatever the backend.
 
-    sweep(x [B, D], w [C, D], labels [B], scale [B], ...) -> red, cos_y, sum_u [B], aux [6, B], o_red, o_sum
+    sweep(x [B, D], w [C, D], labels [B], scale [B], ...) -> red, cos_y, sum_u [B], aux [6, B], o_red, o_sum, kept
     red_i = log sum_{j != y_i} exp(u_ij)      u_ij = scale_i * N(cos_ij) + bias_j      (or sum of softplus(u_ij))
 
-red, cos_y and sum_u are differentiable; o_red and o_sum [B, D] are what the backward needs for x, made in the forward.
+red, cos_y and sum_u are differentiable; o_red and o_sum [B, D] are what the backward needs for x, made in the forward;
+kept: products with the first rows of w, which a backend may leave so that the backward for w need not make them again.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ _library = torch.library.Library("fused_margin", "DEF")
 _library.define(f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {SPEC_SCHEMA}) -> Tensor")
 _library.define(
     f"sweep({_INPUTS}, {SPEC_SCHEMA}) "
-    "-> (Tensor red, Tensor cos_y, Tensor sum_u, Tensor aux, Tensor o_red, Tensor o_sum)"
+    "-> (Tensor red, Tensor cos_y, Tensor sum_u, Tensor aux, Tensor o_red, Tensor o_sum, Tensor kept)"
 )
 _library.define(
     f"sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, Tensor o_red, "
-    f"Tensor o_sum, {SPEC_SCHEMA}, int need) -> (Tensor d_x, Tensor d_w, Tensor d_scale, Tensor d_bias)"
+    f"Tensor o_sum, Tensor kept, {SPEC_SCHEMA}, int need) -> (Tensor d_x, Tensor d_w, Tensor d_scale, Tensor d_bias)"
 )
 
 _library.define(
     f"sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args, {SPEC_SCHEMA}, float[] forms, "
-    "str loss_reduction) -> (Tensor loss, Tensor rows, Tensor aux, Tensor o_red)"
+    "str loss_reduction) -> (Tensor loss, Tensor rows, Tensor aux, Tensor o_red, Tensor kept)"
 )
 
 _target_cosine = torch.ops.fused_margin.target_cosine.default
@@ -98,7 +99,7 @@ def sweep_loss(
     loss_reduction: "none", for [B] with 0 in ignored rows; "sum"; "mean", over the rows that are not ignored.
     """
     run = _sweep_loss_autograd if _plain(x, w, labels, scale) else _sweep_loss
-    loss, rows, aux, _ = run(x, w, labels, scale, rule_args, *spec, forms.packed(), loss_reduction)
+    loss, rows, aux, *_ = run(x, w, labels, scale, rule_args, *spec, forms.packed(), loss_reduction)
     return loss, rows, aux
 
 
@@ -142,6 +143,11 @@ _library.impl("sweep_loss", _run_sweep_loss, "CompositeExplicitAutograd")
 _library.impl("sweep_backward", _run_sweep_backward, "CompositeExplicitAutograd")
 
 
+def _kept_size(x, w, index, spec):
+    size = getattr(BACKENDS[spec.backend], "kept_size", None)
+    return 0 if size is None else size(x, w, index, spec)
+
+
 @torch.library.register_fake("fused_margin::target_cosine")
 def _(x, w, labels, index, *fields):
     return x.new_empty(x.shape[0], dtype=acc_dtype(x))
@@ -155,7 +161,7 @@ def _(x, w, labels, scale, tau, bias, index, rule_args, *fields):
     flash = BACKENDS[spec.backend].saves_o(x, spec)
     o_red = red.new_empty(x.shape if flash else (0,))
     o_sum = red.new_empty(x.shape if flash and spec.want & Want.SUM else (0,))
-    return red, cos_y, sum_u, aux, o_red, o_sum
+    return red, cos_y, sum_u, aux, o_red, o_sum, red.new_empty(_kept_size(x, w, index, spec))
 
 
 @torch.library.register_fake("fused_margin::sweep_loss")
@@ -164,7 +170,8 @@ def _(x, w, labels, scale, rule_args, *rest):
     batch, of_row = x.shape[0], loss_reduction == "none"
     rows = x.new_empty(len(Rows._fields), batch, dtype=acc_dtype(x))
     loss, aux = rows.new_empty((batch,) if of_row else ()), rows.new_empty(len(Aux._fields), batch)
-    return loss, rows, aux, rows.new_empty(x.shape if BACKENDS[spec.backend].saves_o(x, spec) else (0,))
+    o_red = rows.new_empty(x.shape if BACKENDS[spec.backend].saves_o(x, spec) else (0,))
+    return loss, rows, aux, o_red, rows.new_empty(_kept_size(x, w, None, spec))
 
 
 @torch.library.register_fake("fused_margin::sweep_backward")
@@ -186,10 +193,10 @@ class _Sweep(torch.autograd.Function):
         *args, ctx.delivery, _ = args
         with torch._C._AutoDispatchBelowAutograd():
             output = _sweep(*args)
-        red, _, _, aux, o_red, o_sum = output
+        red, _, _, aux, o_red, o_sum, kept = output
         ctx.spec = Spec(*args[_NUM_INPUTS:])
-        ctx.mark_non_differentiable(aux, o_red, o_sum)
-        ctx.save_for_backward(*args[:_NUM_INPUTS], red, aux, o_red, o_sum)
+        ctx.mark_non_differentiable(aux, o_red, o_sum, kept)
+        ctx.save_for_backward(*args[:_NUM_INPUTS], red, aux, o_red, o_sum, kept)
         return output
 
     @staticmethod
@@ -203,17 +210,17 @@ class _SweepLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *args):
         output = _sweep_loss_below(*args)
-        _, rows, aux, o_red = output
+        _, rows, aux, o_red, kept = output
         ctx.spec = Spec(*args[_LOSS_INPUTS:-2])
-        ctx.mark_non_differentiable(rows, aux, o_red)
-        ctx.save_for_backward(*args[:_LOSS_INPUTS], rows, aux, o_red)
+        ctx.mark_non_differentiable(rows, aux, o_red, kept)
+        ctx.save_for_backward(*args[:_LOSS_INPUTS], rows, aux, o_red, kept)
         return output
 
     @staticmethod
     def backward(ctx, g, *_):
-        x, w, labels, scale, rule_args, rows, aux, o_red = ctx.saved_tensors
+        x, w, labels, scale, rule_args, rows, aux, o_red, kept = ctx.saved_tensors
         row, asked = Rows(*rows.unbind()), ctx.needs_input_grad
-        inputs = (x, w, labels, scale, row.tau, None, None, rule_args, row.red, aux, o_red, o_red.new_empty(0))
+        inputs = (x, w, labels, scale, row.tau, None, None, rule_args, row.red, aux, o_red, o_red.new_empty(0), kept)
         upstream = (g * row.by_red, g * row.by_cos_y, torch.zeros_like(row.by_red))
         d_x, d_w, d_scale, _ = _gradients(ctx.spec, upstream, inputs, (asked[0], asked[1], asked[3], False))
         if asked[3]:
@@ -262,8 +269,8 @@ def _gradients(spec, upstream, inputs, asked, delivery=_AS_THEY_ARE):
         d_x, d_scale = finish()
         grads = [d_x, d_w, d_scale, d_bias]
     if parameter is not None:
-        x, _, labels, scale, tau, bias, _, rule_args, red, aux = inputs[:10]
-        call = deferred.Call(*upstream, x, labels, scale, tau, bias, rule_args, red, aux)
+        x, _, labels, scale, tau, bias, _, rule_args, red, aux, _, _, kept = inputs
+        call = deferred.Call(*upstream, x, labels, scale, tau, bias, rule_args, red, aux, kept)
         grads[1] = deferred.gradient(w, parameter, call, index, spec)
     elif asked[1] and index is not None and delivery.sparse:
         grads[1] = torch.sparse_coo_tensor(index[None], grads[1], w.shape, is_coalesced=True, check_invariants=False)

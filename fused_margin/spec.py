@@ -16,6 +16,7 @@ class Want(IntFlag):
     SUM = 2  # sum_u
     STATS = 4  # aux: best rival cosine, count and sum of masked cosines
     DSCALE = 8  # aux: the gradient of red with respect to the scale
+    DW = 16  # kept: what may spare the gradient of w a part of its work
 
 
 class Need(IntFlag):

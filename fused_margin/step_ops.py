@@ -23,7 +23,7 @@ from .update_rules import UPDATE_SCHEMA, State, Update, update_rows
 _STATE = "Tensor(a!) w, Tensor(b!)? m, Tensor(c!)? v, Tensor(d!)? step, Tensor? index"
 _CALLS = (
     "Tensor[] g_red, Tensor[] g_cos_y, Tensor[] g_sum_u, Tensor[] x, Tensor[] labels, Tensor[] scale, Tensor[] tau, "
-    "Tensor[] bias, Tensor[] rule_args, Tensor[] red, Tensor[] aux"
+    "Tensor[] bias, Tensor[] rule_args, Tensor[] red, Tensor[] aux, Tensor[] kept"
 )
 _library = torch.library.Library("fused_margin", "FRAGMENT")
 _library.define(f"update_rows({_STATE}, Tensor grad, {UPDATE_SCHEMA}, str backend) -> ()")
@@ -54,7 +54,7 @@ def gradient(w: Tensor, index: Tensor | None, calls: Sequence[Call], spec: Spec)
         empty = c.red.new_empty(0)
         d_w = torch.ops.fused_margin.sweep_backward(
             c.g_red, c.g_cos_y, c.g_sum_u, c.x, w, c.labels, c.scale, c.tau, c.bias, index, c.rule_args, c.red, c.aux,
-            empty, empty.clone(), *spec, int(Need.W),
+            empty, empty.clone(), c.kept, *spec, int(Need.W),
         )[1]  # fmt: skip
         total = d_w if total is None else total.add_(d_w)
     return total

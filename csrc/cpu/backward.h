@@ -223,7 +223,7 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
     g.begun = k > 0;
     g.last_call = k + 1 == count;
     for (int64_t block = 0; block < part.p.padded; block += cut.block) {
-      compute_cosines(part.p, products, part.x, tile, block, cut.block, cos);
+      compute_cosines<Kept::read>(part.p, products, part.x, tile, block, cut.block, cos);
       part.weigh(part.p, part.in, tile, cos, narrow, sums);
       for (int64_t r = 0; r < tile.rows; r++)
         g.along[r] = has_slope(p, tile.inv[r]) ? lane_sum<T>(sums.along[r]) * tile.inv[r] : T(0);

@@ -152,6 +152,19 @@ struct Call {
     by_strips([&](int64_t begin, int64_t end) { prepare_rows(p, rows_in, rows, begin, end); });
   }
 
+  // Memory for the products with the first rows of w, of which it says how many: none, all, or as many as it is for.
+  void keep(const Tensor& memory) {
+    const int64_t n = memory.numel();
+    if (n == 0) return;
+    p.kept_rows = p.padded ? n / p.padded : 0;
+    STD_TORCH_CHECK(memory.scalar_type() == (sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float) &&
+                        memory.is_contiguous() && n == p.kept_rows * p.padded &&
+                        p.kept_rows <= p.classes * p.sub_centers,
+                    "fused_margin: what is kept of a sweep must be contiguous, of the type of its sums, ", p.padded,
+                    " numbers for each row of w; got ", n);
+    p.kept = static_cast<T*>(const_cast<void*>(memory.const_data_ptr()));
+  }
+
   template <class F>
   void by_strips(F f) const {
     run_parallel(div_up(p.batch, kPad), [&](int64_t s) { f(s * kPad, std::min((s + 1) * kPad, p.batch)); });

@@ -215,7 +215,7 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
     load_tile(p, number, cut.tile_classes, x.depth, p.want & kDx, tile);
     Ahead ahead(p, number + 1 < end ? number + 1 : cut.tiles, cut.tile_rows);
     for (int64_t block = first; block < last; block += cut.block) {
-      compute_cosines(p, products, x, tile, block, std::min(cut.block, last - block), cos);
+      compute_cosines<Kept::write>(p, products, x, tile, block, std::min(cut.block, last - block), cos);
       const bool changed = weigh_forward<rule, extras>(p, tile, cos, s, cos.first - first, a, slope);
       if (!(p.want & kDx)) continue;
       if (changed && number > begin) scale_share(cos, s.factor + cos.first - first, out.o_red);

@@ -50,12 +50,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_sweep(const Tenso
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sweep(
     Tensor x, Tensor w, Tensor labels, Tensor scale, MaybeTensor tau, MaybeTensor bias, MaybeTensor index,
-    Tensor rule_args, int64_t rule, bool unit_slope, int64_t reduction, int64_t sub_centers, bool normalize_x,
-    bool normalize_w, bool bf16, int64_t num_classes, int64_t first_class, int64_t ignore_index, int64_t want) {
+    Tensor rule_args, Tensor kept, int64_t rule, bool unit_slope, int64_t reduction, int64_t sub_centers,
+    bool normalize_x, bool normalize_w, bool bf16, int64_t num_classes, int64_t first_class, int64_t ignore_index,
+    int64_t want) {
   const Options o{rule, unit_slope,  reduction,   sub_centers,  normalize_x, normalize_w,
                   bf16, num_classes, first_class, ignore_index, want};
   return by_type(x, [&](auto type) {
-    return run_sweep(x, Call<decltype(type)>(x, w, labels, scale, tau, bias, index, rule_args, o));
+    Call<decltype(type)> call(x, w, labels, scale, tau, bias, index, rule_args, o);
+    call.keep(kept);
+    return run_sweep(x, call);
   });
 }
 
@@ -99,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_loss(const Tensor& x, Call<T>& ca
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args,
-                                                      int64_t rule, bool unit_slope, int64_t reduction,
+                                                      Tensor kept, int64_t rule, bool unit_slope, int64_t reduction,
                                                       int64_t sub_centers, bool normalize_x, bool normalize_w,
                                                       bool bf16, int64_t num_classes, int64_t first_class,
                                                       int64_t ignore_index, int64_t want, Tensor forms,
@@ -108,6 +111,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_loss(Tensor x, Tensor w, Tensor
                   bf16, num_classes, first_class, ignore_index, want};
   return by_type(x, [&](auto type) {
     Call<decltype(type)> call(x, w, labels, scale, {}, {}, {}, rule_args, o);
+    call.keep(kept);
     return run_loss(x, call, forms, loss_reduction);
   });
 }
@@ -187,12 +191,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& x, const T
 std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_backward(
     Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, Tensor x, Tensor w, Tensor labels, Tensor scale, MaybeTensor tau,
     MaybeTensor bias, MaybeTensor index, Tensor rule_args, Tensor red, Tensor aux, Tensor o_red, Tensor o_sum,
-    int64_t rule, bool unit_slope, int64_t reduction, int64_t sub_centers, bool normalize_x, bool normalize_w,
+    Tensor kept, int64_t rule, bool unit_slope, int64_t reduction, int64_t sub_centers, bool normalize_x, bool normalize_w,
     bool bf16, int64_t num_classes, int64_t first_class, int64_t ignore_index, int64_t want, int64_t need) {
   const Options o{rule, unit_slope,  reduction,   sub_centers,  normalize_x, normalize_w,
                   bf16, num_classes, first_class, ignore_index, want};
   return by_type(x, [&](auto type) {
-    const Call<decltype(type)> call(x, w, labels, scale, tau, bias, index, rule_args, o);
+    Call<decltype(type)> call(x, w, labels, scale, tau, bias, index, rule_args, o);
+    call.keep(kept);
     return run_backward(x, w, call, {g_red, g_cos_y, g_sum_u, red, aux}, o_red, o_sum, need);
   });
 }

@@ -55,6 +55,8 @@ struct Problem {
   const T *scale, *tau;   // [padded]
   const T* bias;          // [classes] or null
   const T* args;          // of the rule
+  T* kept;                // products that the forward leaves for the backward (Kept in sweep.h), or null
+  int64_t kept_rows;      // of how many rows of w, the first ones
 };
 
 template <class T>

@@ -73,7 +73,7 @@ void sweep_step(Tensor w, MaybeTensor m, MaybeTensor v, MaybeTensor step, MaybeT
                 std::vector<Tensor> g_cos_y, std::vector<Tensor> g_sum_u, std::vector<Tensor> x,
                 std::vector<Tensor> labels, std::vector<Tensor> scale, std::vector<Tensor> tau,
                 std::vector<Tensor> bias, std::vector<Tensor> rule_args, std::vector<Tensor> red,
-                std::vector<Tensor> aux, int64_t rule, bool unit_slope, int64_t reduction, int64_t sub_centers,
+                std::vector<Tensor> aux, std::vector<Tensor> kept, int64_t rule, bool unit_slope, int64_t reduction, int64_t sub_centers,
                 bool normalize_x, bool normalize_w, bool bf16, int64_t num_classes, int64_t first_class,
                 int64_t ignore_index, int64_t want, int64_t optimizer, double lr, double weight_decay, double momentum,
                 double dampening, bool nesterov, double beta1, double beta2, double eps) {
@@ -91,6 +91,7 @@ void sweep_step(Tensor w, MaybeTensor m, MaybeTensor v, MaybeTensor step, MaybeT
       const auto maybe = [&](const std::vector<Tensor>& list) { return list.empty() ? MaybeTensor() : list[k]; };
       calls.push_back(
           std::make_unique<Call<T>>(x[k], w, labels[k], scale[k], maybe(tau), maybe(bias), index, rule_args[k], o));
+      calls[k]->keep(kept[k]);
       upstream.push_back(
           std::make_unique<Upstream<T>>(*calls[k], UpstreamTensors{g_red[k], g_cos_y[k], g_sum_u[k], red[k], aux[k]}));
       inputs.push_back({&calls[k]->p, upstream[k]->in});

@@ -256,17 +256,36 @@ void keep_best_centers(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& 
     }
 }
 
-template <class T>
+// Whether the backward finds products in memory, with the first rows of w, or makes them again.
+enum class Kept { write, read };
+
+// They lie in the strips of Cosines, each over all rows that are kept: [padded / width, kept_rows, width].
+template <Kept direction, class T>
+void move_kept(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos) {
+  const int64_t row = t.first_class * p.sub_centers, rows = std::min(t.rows, p.kept_rows - row);
+  for (int64_t i = 0; i < cos.columns && rows > 0; i += cos.width) {
+    T *here = cos.c + i * t.rows, *there = p.kept + (cos.first + i) * p.kept_rows + row * cos.width;
+    const size_t bytes = size_t(rows * cos.width) * sizeof(T);
+    if constexpr (direction == Kept::write)
+      std::memcpy(there, here, bytes);
+    else
+      std::memcpy(here, there, bytes);
+  }
+}
+
+template <Kept direction, class T>
 void compute_cosines(const Problem<T>& p, const TileProducts& products, const PackedRows<T>& x, const Tile<T>& t,
                      int64_t first, int64_t block, Cosines<T>& out) {
   out.first = first;
   const int64_t n = out.columns = std::min(block, p.padded - first);
   out.width = p.bf16 ? n : kPanel<T>;
+  const bool known = direction == Kept::read && t.first_class * p.sub_centers + t.rows <= p.kept_rows;
   if constexpr (sizeof(T) == 4) {
-    if (p.bf16)
+    if (p.bf16 && !known)
       products.bf16(t.rows, n, x.depth, x.depth, n, n, false, t.w16, x.columns16.get() + first * x.depth, out.c, true);
   }
-  if (!p.bf16) multiply_panels(t.rows, n, x.depth, t.panels, x.columns.get() + first * x.depth, out.c);
+  if (!p.bf16 && !known) multiply_panels(t.rows, n, x.depth, t.panels, x.columns.get() + first * x.depth, out.c);
+  if (known || direction == Kept::write) move_kept<direction>(p, t, out);
   for (int64_t i = 0; i < n; i++) {
     const int64_t target = p.target[first + i], j = target - t.first_class;
     out.place[i] = target >= 0 && j >= 0 && j < t.classes ? T(j) : T(-1);

@@ -5,14 +5,16 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from .. import memory
 from ..rules import CODES, REDUCTIONS
-from ..spec import Need, Spec, Want
+from ..spec import Need, Spec, Want, acc_dtype
 from ..update_rules import OPTIMIZERS, State, Update
 
 CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")  # what FUSED_MARGIN_CPU_CAPABILITY takes, in rising order
@@ -25,14 +27,15 @@ _SPEC = (
 _INPUTS = "Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor? tau, Tensor? bias, Tensor? index, Tensor rule_args"
 _library = torch.library.Library("fused_margin_cpu", "DEF")
 _library.define(f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {_SPEC}) -> Tensor")
-_library.define(f"sweep({_INPUTS}, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+_KEPT = "Tensor(a!) kept"
+_library.define(f"sweep({_INPUTS}, {_KEPT}, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
 _library.define(
-    f"sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args, {_SPEC}, Tensor forms, "
+    f"sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args, {_KEPT}, {_SPEC}, Tensor forms, "
     "int loss_reduction) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.define(
     f"sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, Tensor o_red, "
-    f"Tensor o_sum, {_SPEC}, int need) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"Tensor o_sum, Tensor kept, {_SPEC}, int need) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _STATE = "Tensor(a!) w, Tensor(b!)? m, Tensor(c!)? v, Tensor(d!)? step, Tensor? index"
 _UPDATE = (
@@ -42,7 +45,7 @@ _UPDATE = (
 _library.define(f"update_rows({_STATE}, Tensor grad, {_UPDATE}) -> ()")
 _library.define(
     f"sweep_step({_STATE}, Tensor[] g_red, Tensor[] g_cos_y, Tensor[] g_sum_u, Tensor[] x, Tensor[] labels, "
-    f"Tensor[] scale, Tensor[] tau, Tensor[] bias, Tensor[] rule_args, Tensor[] red, Tensor[] aux, {_SPEC}, {_UPDATE}) "
+    f"Tensor[] scale, Tensor[] tau, Tensor[] bias, Tensor[] rule_args, Tensor[] red, Tensor[] aux, Tensor[] kept, {_SPEC}, {_UPDATE}) "
     "-> ()"
 )
 _ops = torch.ops.fused_margin_cpu
@@ -85,6 +88,27 @@ def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
 def saves_o(x: Tensor, spec: Spec) -> bool:
     """Whether a sweep makes o_red, the gradient of x but for factors of the row."""
     return bool(spec.want & Want.DX)
+
+
+def _kept_bytes() -> int:
+    text = os.environ.get("FUSED_MARGIN_KEEP_MIB", "48")
+    try:
+        return max(0, int(float(text) * 2**20))
+    except ValueError:
+        raise ValueError(f"FUSED_MARGIN_KEEP_MIB={text!r}; expected a number of MiB, 0 to keep nothing") from None
+
+
+KEPT_BYTES = _kept_bytes()  # at most, of products that a forward leaves for the backward of w
+_PAD = 32  # rows of x are padded to a multiple of this (kPad in csrc/cpu/problem.h)
+
+
+def kept_size(x: Tensor, w: Tensor, index: Tensor | None, spec: Spec) -> int:
+    """Numbers in `kept`: the products of all rows of x with the first rows of w, as many as KEPT_BYTES hold."""
+    if not spec.want & Want.DW:
+        return 0
+    padded = (x.shape[0] + _PAD - 1) // _PAD * _PAD
+    rows = (w if index is None else index).shape[0]
+    return padded * torch.sym_min(rows, KEPT_BYTES // (torch.sym_max(padded, 1) * acc_dtype(x).itemsize))
 
 
 def path() -> str:
@@ -140,12 +164,15 @@ def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, sp
 
 
 def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple[Tensor, ...]:
-    return _ops.sweep.default(x, w, labels, scale, tau, bias, index, rule_args, *_pack(spec))
+    kept = memory.numbers(kept_size(x, w, index, spec), acc_dtype(x))
+    return *_ops.sweep.default(x, w, labels, scale, tau, bias, index, rule_args, kept, *_pack(spec)), kept
 
 
 def sweep_loss(x, w, labels, scale, rule_args, spec: Spec, forms, loss_reduction) -> tuple[Tensor, ...]:
     reduction = LOSS_REDUCTIONS.index(loss_reduction)
-    return _ops.sweep_loss.default(x, w, labels, scale, rule_args, *_pack(spec), _numbers(tuple(forms)), reduction)
+    kept = memory.numbers(kept_size(x, w, None, spec), acc_dtype(x))
+    numbers = _numbers(tuple(forms))
+    return *_ops.sweep_loss.default(x, w, labels, scale, rule_args, kept, *_pack(spec), numbers, reduction), kept
 
 
 @functools.lru_cache(maxsize=64)
@@ -154,11 +181,11 @@ def _numbers(forms: tuple[float, ...]) -> Tensor:
 
 
 def sweep_backward(
-    g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, spec, need
+    g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, kept, spec, need
 ) -> tuple[Tensor, ...]:
     d_x, d_w, d_scale, d_bias = _ops.sweep_backward.default(
         g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
-        *_pack(spec), need,
+        kept, *_pack(spec), need,
     )  # fmt: skip
     if need & Need.BIAS:
         d_bias = d_bias.to(bias.dtype)

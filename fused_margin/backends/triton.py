@@ -70,17 +70,20 @@ def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple
     from ..kernels import launch
 
     check_labels(labels, spec)
-    return launch.sweep(x, w, labels, scale, tau, bias, index, rule_args, spec)
+    out = launch.sweep(x, w, labels, scale, tau, bias, index, rule_args, spec)
+    return *out, out[0].new_empty(0)
 
 
 def sweep_loss(x, w, labels, scale, rule_args, spec: Spec, forms, loss_reduction) -> tuple[Tensor, ...]:
     from ..kernels import launch
 
     check_labels(labels, spec)
-    return launch.sweep_loss(x, w, labels, scale, rule_args, spec, forms, loss_reduction)
+    out = launch.sweep_loss(x, w, labels, scale, rule_args, spec, forms, loss_reduction)
+    return *out, out[0].new_empty(0)
 
 
 def sweep_backward(*args) -> tuple[Tensor, ...]:
     from ..kernels import gradients
 
-    return gradients.sweep_backward(*args)
+    *given, _, spec, need = args  # products are made again: on a GPU that takes less time than to keep them
+    return gradients.sweep_backward(*given, spec, need)

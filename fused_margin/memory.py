@@ -1,0 +1,36 @@
+"""Memory that one step after the other uses: fresh pages from the system would cost more than what is kept in them saves."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import weakref
+
+import torch
+from torch import Tensor
+
+SMALL = 2**22  # bytes: below, the C library hands out what was freed before anyhow
+
+_spare: list[mmap.mmap] = []  # at most one block, the last that was given back
+
+
+def numbers(count: int, dtype: torch.dtype) -> Tensor:
+    """An uninitialised tensor [count] on the CPU; its memory comes back when the last tensor that shares it has gone."""
+    size = count * dtype.itemsize
+    if size < SMALL:
+        return torch.empty(count, dtype=dtype)
+    try:
+        block = _spare.pop()
+    except IndexError:
+        block = None
+    if block is None or len(block) != size:
+        block = mmap.mmap(-1, size)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            block.madvise(mmap.MADV_HUGEPAGE)
+    lent = (ctypes.c_char * size).from_buffer(block)  # the tensor holds it, it holds the block
+    weakref.finalize(lent, _give_back, block).atexit = False
+    return torch.frombuffer(lent, dtype=dtype)
+
+
+def _give_back(block: mmap.mmap) -> None:
+    _spare[:] = [block]
