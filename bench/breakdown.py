@@ -108,12 +108,12 @@ class _Empty(torch.autograd.Function):
 def overhead(least: float = 1.0) -> dict[str, float]:
     """Median microseconds of a step that has next to nothing to compute (8 x 16 x 8), and of what it is made of."""
     x, w, labels = inputs_of(Case(8, 16, 8))
-    margin, spec = FUSED_MARGINS["arcface"], Spec(num_classes=16, want=Want.DX, backend="cpu")
+    margin, spec = FUSED_MARGINS["arcface"], Spec(num_classes=16, want=Want.DX | Want.DW, backend="cpu")
     head = functools.partial(fm.functional.margin_cross_entropy, margin=margin)
     scale, args, forms = torch.full((8,), 64.0), x.new_empty(0), forms_of(margin).packed()
     with torch.no_grad():
-        _, rows, aux, o_red = cpu.sweep_loss(x, w, labels, scale, args, spec, forms, "mean")
-    g, sums = rows[:3], (rows[5], None, None, args, rows[3], aux, o_red, o_red[:0, 0])
+        _, rows, aux, o_red, kept = cpu.sweep_loss(x, w, labels, scale, args, spec, forms, "mean")
+    g, sums = rows[:3], (rows[5], None, None, args, rows[3], aux, o_red, o_red[:0, 0], kept)
 
     def kernels() -> None:
         with torch.no_grad():

@@ -9,8 +9,8 @@ MARGINS = ("arcface", "cosface", "sphereface", "svsoftmax", "normface")
 SMALL = (1_000, 10_000)  # classes of the small heads
 DTYPES = ("fp32", "bf16")  # bf16: under autocast; embeddings and weights are float32 in both
 
-# What one repeat does, and the floating-point operations, in units of B * D * C, that the algorithm cannot do without:
-# cosines 2, and again for the backward 2, the embeddings' gradient 2, the weights' gradient 2.
+# What one repeat does, and the floating-point operations, in units of B * D * C, of an algorithm that holds no [B, C]
+# matrix: cosines 2, and again for the backward 2, the embeddings' gradient 2, the weights' gradient 2.
 MODES = {"forward": 2, "frozen": 4, "train": 8, "step": 8}
 MODE_WORDS = {
     "forward": "forward only",

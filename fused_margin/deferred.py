@@ -90,7 +90,7 @@ class RowData(NamedTuple):
             )
 
     def forget(self) -> RowData:
-        """The same without products: of the calls of a step one may keep them, so that memory does not add up."""
+        """The same without products, so that the memory of several calls does not add up."""
         return self._replace(call=self.call._replace(kept=self.call.kept.new_empty(0)))
 
     def with_upstream(self, f: Callable[[list[Tensor]], Iterable[Tensor]]) -> RowData:
@@ -176,7 +176,8 @@ def _sum(a: Tensor, b: Tensor, alpha: float = 1) -> list[RowData]:
             "weight_decay for a penalty, or train this weight with an optimizer of torch, RowSGD or RowAdamW"
         )
     more = [c.with_upstream(lambda g: [alpha * t for t in g]) if alpha != 1 else c for c in b.calls]
-    return a.calls + [c.forget() for c in more] if a.calls else more
+    calls = a.calls + more
+    return calls if len(calls) == 1 else [c.forget() for c in calls]
 
 
 def _add_(a: DeferredGradient, b: Tensor, alpha: float = 1) -> DeferredGradient:

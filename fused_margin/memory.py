@@ -11,6 +11,8 @@ from torch import Tensor
 
 SMALL = 2**22  # bytes: below, the C library hands out what was freed before anyhow
 
+# Shared memory, which is what mmap gives otherwise, has no huge pages and counts against a container's /dev/shm.
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _spare: list[mmap.mmap] = []  # at most one block, the last that was given back
 
 
@@ -24,12 +26,17 @@ def numbers(count: int, dtype: torch.dtype) -> Tensor:
     except IndexError:
         block = None
     if block is None or len(block) != size:
-        block = mmap.mmap(-1, size)
+        block = mmap.mmap(-1, size, **_PRIVATE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             block.madvise(mmap.MADV_HUGEPAGE)
     lent = (ctypes.c_char * size).from_buffer(block)  # the tensor holds it, it holds the block
     weakref.finalize(lent, _give_back, block).atexit = False
     return torch.frombuffer(lent, dtype=dtype)
+
+
+def release() -> None:
+    """Gives what is held for the next step back to the system."""
+    _spare.clear()
 
 
 def _give_back(block: mmap.mmap) -> None:

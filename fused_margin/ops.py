@@ -196,12 +196,14 @@ class _Sweep(torch.autograd.Function):
         red, _, _, aux, o_red, o_sum, kept = output
         ctx.spec = Spec(*args[_NUM_INPUTS:])
         ctx.mark_non_differentiable(aux, o_red, o_sum, kept)
+        ctx.set_materialize_grads(False)  # zeros of the size of each output
         ctx.save_for_backward(*args[:_NUM_INPUTS], red, aux, o_red, o_sum, kept)
         return output
 
     @staticmethod
-    def backward(ctx, g_red, g_cos_y, g_sum_u, *_):
-        return _backward(ctx, g_red, g_cos_y, g_sum_u)
+    def backward(ctx, *upstream):
+        red = ctx.saved_tensors[_NUM_INPUTS]
+        return _backward(ctx, *(torch.zeros_like(red) if g is None else g for g in upstream[:3]))
 
 
 class _SweepLoss(torch.autograd.Function):
@@ -213,6 +215,7 @@ class _SweepLoss(torch.autograd.Function):
         _, rows, aux, o_red, kept = output
         ctx.spec = Spec(*args[_LOSS_INPUTS:-2])
         ctx.mark_non_differentiable(rows, aux, o_red, kept)
+        ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:_LOSS_INPUTS], rows, aux, o_red, kept)
         return output
 

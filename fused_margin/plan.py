@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from .backends.cpu import KEPT_BYTES
+
 OPTIMIZERS = ("sgd", "adamw", "sweep-sgd", "sweep-adamw")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 _COMPUTE, _BANDWIDTH = 0.6, 0.85  # of a data sheet's rates: assumed, not measured
@@ -135,9 +137,11 @@ def memory(s: Setup) -> dict[str, float]:
         items["momentum"] = s.shard * row * state
     if s.sample_rate < 1:
         items["sampled class numbers"] = s.sampled * 8 * s.sub_centers
+    rows = _padded(s)[0]
     # embeddings (in float32 too, where ranks sum their gradient) and labels as gathered; O and dX
     sharded = 0 if s.world == 1 or embedding == 4 else 4
     items["gathered rows"] = s.batch * (s.dim * (2 * embedding + sharded + 4) + 8)
+    items["products kept for the gradient"] = 4 * rows * min(s.sampled * s.sub_centers, KEPT_BYTES // (4 * rows))
     items["work space"] = max(_forward_space(s), _backward_space(s))
     return items
 

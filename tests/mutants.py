@@ -23,6 +23,7 @@ from .mutant_table import MUTANTS, TRITON_MUTANTS, Mutant
 ROOT = Path(__file__).parent.parent
 # The quickest to fail first; compiling with inductor, other processes and the tests of this tool find nothing more.
 TESTS = [
+    "kept",
     "margins",
     "forms",
     "rows",

@@ -167,7 +167,13 @@ def test_want_is_respected_by_the_backend():
     require("cpu")
     inputs = Inputs(5, 9, 6)
     leaves = {n: t.detach() for n, t in inputs.leaves.items()}
-    for want, shapes in ((0, [(0,), (0,)]), (Want.DX, [(5, 6), (0,)]), (Want.DX | Want.SUM, [(5, 6), (5, 6)])):
+    asked = {
+        Want.NONE: [(0,), (0,), (0,)],
+        Want.DX: [(5, 6), (0,), (0,)],
+        Want.DX | Want.SUM: [(5, 6), (5, 6), (0,)],
+        Want.DW: [(0,), (0,), (32 * 9,)],
+    }
+    for want, shapes in asked.items():
         out = torch.ops.fused_margin.sweep.default(
             leaves["x"], leaves["w"], inputs.labels, leaves["scale"], None, leaves["bias"], None,
             torch.zeros(0, dtype=torch.float64), *inputs.spec("cpu", want=int(want)),

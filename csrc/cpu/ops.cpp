@@ -188,11 +188,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& x, const T
   return {d_x, d_w, d_scale, d_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_backward(
-    Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, Tensor x, Tensor w, Tensor labels, Tensor scale, MaybeTensor tau,
-    MaybeTensor bias, MaybeTensor index, Tensor rule_args, Tensor red, Tensor aux, Tensor o_red, Tensor o_sum,
-    Tensor kept, int64_t rule, bool unit_slope, int64_t reduction, int64_t sub_centers, bool normalize_x, bool normalize_w,
-    bool bf16, int64_t num_classes, int64_t first_class, int64_t ignore_index, int64_t want, int64_t need) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, Tensor x,
+                                                          Tensor w, Tensor labels, Tensor scale, MaybeTensor tau,
+                                                          MaybeTensor bias, MaybeTensor index, Tensor rule_args,
+                                                          Tensor red, Tensor aux, Tensor o_red, Tensor o_sum,
+                                                          Tensor kept, int64_t rule, bool unit_slope, int64_t reduction,
+                                                          int64_t sub_centers, bool normalize_x, bool normalize_w,
+                                                          bool bf16, int64_t num_classes, int64_t first_class,
+                                                          int64_t ignore_index, int64_t want, int64_t need) {
   const Options o{rule, unit_slope,  reduction,   sub_centers,  normalize_x, normalize_w,
                   bf16, num_classes, first_class, ignore_index, want};
   return by_type(x, [&](auto type) {

@@ -73,10 +73,11 @@ void sweep_step(Tensor w, MaybeTensor m, MaybeTensor v, MaybeTensor step, MaybeT
                 std::vector<Tensor> g_cos_y, std::vector<Tensor> g_sum_u, std::vector<Tensor> x,
                 std::vector<Tensor> labels, std::vector<Tensor> scale, std::vector<Tensor> tau,
                 std::vector<Tensor> bias, std::vector<Tensor> rule_args, std::vector<Tensor> red,
-                std::vector<Tensor> aux, std::vector<Tensor> kept, int64_t rule, bool unit_slope, int64_t reduction, int64_t sub_centers,
-                bool normalize_x, bool normalize_w, bool bf16, int64_t num_classes, int64_t first_class,
-                int64_t ignore_index, int64_t want, int64_t optimizer, double lr, double weight_decay, double momentum,
-                double dampening, bool nesterov, double beta1, double beta2, double eps) {
+                std::vector<Tensor> aux, std::vector<Tensor> kept, int64_t rule, bool unit_slope, int64_t reduction,
+                int64_t sub_centers, bool normalize_x, bool normalize_w, bool bf16, int64_t num_classes,
+                int64_t first_class, int64_t ignore_index, int64_t want, int64_t optimizer, double lr,
+                double weight_decay, double momentum, double dampening, bool nesterov, double beta1, double beta2,
+                double eps) {
   const Options o{rule, unit_slope,  reduction,   sub_centers,  normalize_x, normalize_w,
                   bf16, num_classes, first_class, ignore_index, want};
   const Hyperparameters h{optimizer, lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps};
