@@ -1,4 +1,4 @@
-"""Memory that one step after the other uses: fresh pages from the system would cost more than what is kept in them saves."""
+"""Memory that goes from one step to the next: fresh pages from the system would cost half of what is kept in them saves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 SMALL = 2**22  # bytes: below, the C library hands out what was freed before anyhow
 
-# Shared memory, which is what mmap gives otherwise, has no huge pages and counts against a container's /dev/shm.
+# Not shared memory, which mmap gives otherwise: it has no huge pages, and a container's limit of its own.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _spare: list[mmap.mmap] = []  # at most one block, the last that was given back
 

@@ -160,7 +160,7 @@ MUTANTS = [
     *_in(
         "fused_margin/deferred.py",
         ("deferred_calls_lost", "calls = a.calls + more", "calls = more"),
-        ("deferred_products_add_up", "return calls if len(calls) == 1 else [c.forget() for c in calls]", "return calls"),
+        ("deferred_products_add_up", "else [c.forget() for c in calls]", "else calls"),
         ("deferred_batch_shared", "t.detach().clone() for t in call", "t.detach() for t in call"),
         ("deferred_weight_may_change", "if self.parameter._version != self.version:", "if False:"),
         (
@@ -258,7 +258,7 @@ MUTANTS = [
         "csrc/cpu/sweep.h",
         ("kernel_label_off_by_one", "j >= 0 && j < t.classes ? T(j)", "j >= 0 && j < t.classes - 1 ? T(j)"),
         ("kernel_norm_of_a_part", "for (; d < dim; d++) sum += double(row[d]) * double(row[d]);", ""),
-        ("kernel_kept_tile_cut", "t.first_class * p.sub_centers + t.rows <= p.kept_rows", "t.first_class < p.kept_rows"),
+        ("kernel_kept_tile_cut", "* p.sub_centers + t.rows <= p.kept_rows", "* p.sub_centers < p.kept_rows"),
         ("kernel_kept_rows_shifted", "there = p.kept + (cos.first + i)", "there = p.kept + i"),
         ("kernel_eps_dropped", "T(1 / (norm < kEps ? kEps : norm))", "T(1 / norm)"),
         ("kernel_lesser_centres_count", "excluded |= loser;", ""),

@@ -91,7 +91,7 @@ def large(seed: int):
     """What is kept is beyond `memory.SMALL`, so that its memory goes from hand to hand."""
     g = torch.Generator().manual_seed(seed)
     x, w = (torch.randn(n, 8, generator=g, requires_grad=True) for n in (64, 30_000))
-    assert 64 * 30_000 * 4 > memory.SMALL
+    assert memory.SMALL < 64 * 30_000 * 4
     return x, w, torch.randint(30_000, (64,), generator=g)
 
 
@@ -170,6 +170,7 @@ def test_limit_from_the_environment(text, expected):
     environment = os.environ | {"FUSED_MARGIN_KEEP_MIB": text}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     if expected is None:
-        assert run.returncode and f"FUSED_MARGIN_KEEP_MIB={text!r}; expected a number of MiB" in run.stderr
+        assert run.returncode
+        assert f"FUSED_MARGIN_KEEP_MIB={text!r}; expected a number of MiB" in run.stderr
     else:
         assert run.stdout.strip() == str(expected), run.stderr

@@ -45,8 +45,8 @@ _UPDATE = (
 _library.define(f"update_rows({_STATE}, Tensor grad, {_UPDATE}) -> ()")
 _library.define(
     f"sweep_step({_STATE}, Tensor[] g_red, Tensor[] g_cos_y, Tensor[] g_sum_u, Tensor[] x, Tensor[] labels, "
-    f"Tensor[] scale, Tensor[] tau, Tensor[] bias, Tensor[] rule_args, Tensor[] red, Tensor[] aux, Tensor[] kept, {_SPEC}, {_UPDATE}) "
-    "-> ()"
+    f"Tensor[] scale, Tensor[] tau, Tensor[] bias, Tensor[] rule_args, Tensor[] red, Tensor[] aux, Tensor[] kept, "
+    f"{_SPEC}, {_UPDATE}) -> ()"
 )
 _ops = torch.ops.fused_margin_cpu
 
