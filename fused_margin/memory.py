@@ -1,4 +1,4 @@
-"""Memory that goes from one step to the next: fresh pages from the system would cost half of what is kept in them saves."""
+"""Memory that goes from one step to the next, as fresh pages from the system would take much of the time they save."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _spare: list[mmap.mmap] = []  # at most one block, the last that was given back
 
 
 def numbers(count: int, dtype: torch.dtype) -> Tensor:
-    """An uninitialised tensor [count] on the CPU; its memory comes back when the last tensor that shares it has gone."""
+    """An uninitialised tensor [count] on the CPU; its memory comes back when no tensor shares it any more."""
     size = count * dtype.itemsize
     if size < SMALL:
         return torch.empty(count, dtype=dtype)
