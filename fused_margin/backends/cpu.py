@@ -108,7 +108,7 @@ def kept_size(x: Tensor, w: Tensor, index: Tensor | None, spec: Spec) -> int:
         return 0
     padded = (x.shape[0] + _PAD - 1) // _PAD * _PAD
     rows = (w if index is None else index).shape[0]
-    return padded * torch.sym_min(rows, KEPT_BYTES // (torch.sym_max(padded, 1) * acc_dtype(x).itemsize))
+    return padded * min(rows, KEPT_BYTES // (max(padded, 1) * acc_dtype(x).itemsize))
 
 
 def path() -> str:
