@@ -390,10 +390,10 @@ MUTANTS = [
         ("sample_in_eval", "sampled = self.training and self.sample_rate < 1", "sampled = self.sample_rate < 1"),
         (
             "sample_the_same_each_step",
-            "self.seed, _SAMPLE, self.step, self.layout.rank)",
+            "self.seed, _SAMPLE, self._this_step(), self.layout.rank)",
             "self.seed, _SAMPLE, self.layout.rank)",
         ),
-        ("shards_draw_apart", "torch.manual_seed(mixed(self.seed, _MARGIN, self.step))", "pass"),
+        ("shards_draw_apart", "torch.manual_seed(mixed(self.seed, _MARGIN, self._this_step()))", "pass"),
         ("shards_drawn_parameters_differ", "if name not in self.sharded_names:", "if False:"),
         ("shards_weights_by_rank", "begin = block * _INIT_ROWS", "begin = block * _INIT_ROWS + 1"),
         ("sample_state_forgotten", "self.seed, self.step = (int(value) for value in sampler)", "pass"),
