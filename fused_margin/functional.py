@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import inputs, ops, rows
-from .backends import BACKENDS, choose
 from .angles import softplus
+from .backends import BACKENDS, choose
 from .margins import Margin, Outcome, RowParameter, RowStats, as_margin, gather_rows
 from .margins.forms import Forms, forms_of
 from .rows import Mining

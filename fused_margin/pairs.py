@@ -27,8 +27,9 @@ class CenterLoss(KeepsPrecision):
     Args: embedding_size, num_classes; alpha in [0, 1] (0.5); reduction "mean", "sum" or "none"; ignore_index.
     Labels as those of a head: an integer type, in [0, C) or `ignore_index`. 16-bit embeddings are read as float32.
     State: `centers` [C, D], 0 at first, float32 (float64 after `.double()`) also in a 16-bit model. Call it outside of
-    what `torch.utils.checkpoint` wraps: it moves the centres after use, so that a second forward sees others. jxgu1016's code counts from 1 too but divides by the batch size once more;
-    facenet's moves by each row without a count.
+    what `torch.utils.checkpoint` wraps: it moves the centres after use, so that a second forward sees others.
+    jxgu1016's code counts from 1 too but divides by the batch size once more; facenet's moves by each row without a
+    count.
     Source: Wen et al. 2016, A Discriminative Feature Learning Approach (ECCV 2016) eqs. 2-5.
     """
 

@@ -35,7 +35,8 @@ class AdaCos(ScaleRule):
 
     Equivalent to: `s = sqrt(2) log(C - 1)` where not dynamic; else, in training mode and before use,
     `s = log(mean_i sum_j exp(s_old c_ij)) / cos(min(pi / 4, median_i theta_iy))`, which takes one more forward sweep.
-    Args: num_classes, at least 3, that of the head. State: `s`, at first that of the fixed scale. Use: `fm.MarginHead(..., scale=this)`.
+    Args: num_classes, at least 3, that of the head. State: `s`, at first that of the fixed scale.
+    Use: `fm.MarginHead(..., scale=fm.AdaCos(num_classes))`.
     Source: Zhang et al. 2019, AdaCos (arXiv 1905.00292).
     """
 

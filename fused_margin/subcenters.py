@@ -25,7 +25,7 @@ class Outliers(NamedTuple):
     outlier: Tensor  # [N] bool: that angle is at least the limit; False where the sample is ignored
 
     def main_rows(self, weight: Tensor) -> Tensor:
-        """The main centres [C, D] of `weight`, in any layout of `find_outliers`: to train on with one centre a class."""
+        """The main centres [C, D] of `weight`, in any of its layouts: to train on with one centre a class."""
         classes, k = self.counts.shape
         return weight.reshape(classes, k, -1)[torch.arange(classes, device=weight.device), self.main]
 
