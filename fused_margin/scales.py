@@ -60,7 +60,7 @@ class AdaCos(ScaleRule):
         mean = lse.logsumexp(0) - count.clamp_min(1).to(rows.dtype).log()
         angle = torch.where(rows.valid, torch.acos(rows.cos_y.clamp(-1, 1)), torch.nan).nanmedian()
         new = mean / torch.cos(angle.clamp_max(math.pi / 4))
-        new = torch.where(count > 0, new, s)
+        new = torch.where((count > 0) & new.isfinite(), new, s)
         self.s.copy_(new)
         return new
 

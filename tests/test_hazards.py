@@ -9,8 +9,9 @@ import torch.nn.functional as F
 import fused_margin as fm
 from fused_margin.functional import margin_cross_entropy
 
+from .cases import FP32
 from .loss_table import LOSSES
-from .test_losses import options
+from .test_losses import data, options
 
 
 def fused(name):
@@ -52,6 +53,57 @@ def test_zero_rows_are_finite(name):
     for backend in fused(name):
         for t in run(name, x, w, torch.tensor([0, 5, 2]), backend):
             assert t.isfinite().all(), backend
+
+
+def _rows(name, x, w, labels, backend):
+    """Losses and gradients, and the state that the loss leaves behind."""
+    loss = LOSSES[name]
+    torch.manual_seed(0)
+    x, w = x.clone().requires_grad_(), w.clone().requires_grad_()
+    margin = loss.make(len(w) // loss.centres, x.shape[1])
+    given = options(loss, len(w) // loss.centres)
+    rows = margin_cross_entropy(x, w, labels, margin, reduction="none", backend=backend, **given)
+    grads = torch.autograd.grad(rows.sum(), (x, w))
+    modules = [m for m in (margin, given["scale"]) if isinstance(m, torch.nn.Module)]
+    return rows.detach(), *grads, [b for m in modules for b in m.buffers()]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_ignored_nan_rows_take_no_part(name):
+    """Nor in the batch's statistics, the draws, the ranks or the state: bit for bit what the other rows give."""
+    x, w, labels = data(name, FP32, 0, (12, 30, 8))
+    labels = labels.clone()
+    labels[[1, 7]] = -100
+    bad = x.clone()
+    bad[1], bad[7, 2] = torch.nan, torch.inf
+    for backend in fused(name):
+        *expected, state = _rows(name, x, w, labels, backend)
+        *got, after = _rows(name, bad, w, labels, backend)
+        for a, b in zip([*got, *after], [*expected, *state], strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+OF_THE_BATCH = ("hm-softmax", "curricularface", "adaface", "adacos", "elasticface+")  # a row changes the others'
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_nan_row_shows_and_spoils_no_other(name, value):
+    """Its loss and gradient are NaN; the others' are what they are without it, and no state takes it in."""
+    x, w, labels = data(name, FP32, 0, (12, 30, 8))
+    labels = torch.where(labels < 0, 3, labels)
+    bad, others = x.clone(), torch.arange(12) != 4
+    bad[4, 2] = value
+    for backend in fused(name):
+        expected = _rows(name, x, w, labels, backend)
+        loss, d_x, d_w, state = _rows(name, bad, w, labels, backend)
+        assert loss[4].isnan()
+        assert d_x[4].isnan().all()
+        assert d_w.isnan().any()
+        assert all(t.isfinite().all() for t in (loss[others], d_x[others], *state)), backend
+        if name not in OF_THE_BATCH:
+            torch.testing.assert_close(loss[others], expected[0][others], rtol=0, atol=0)
+            torch.testing.assert_close(d_x[others], expected[1][others], rtol=0, atol=0)
 
 
 LARGE = {  # largest logit, beyond float32's 88 for a sum of plain exponentials
@@ -107,7 +159,22 @@ def test_eqm_floor_and_pairs(backend):
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize("margin", [fm.SVSoftmax(1.2), fm.MVSoftmax(m=0.0), fm.InterclassFilter(1.0, fm.NormFace())])
+def _curricular_of_no_margin():
+    margin = fm.CurricularFace(0.0).eval()
+    margin.t.fill_(0.5)
+    return margin
+
+
+@pytest.mark.parametrize(
+    "margin",
+    [
+        fm.SVSoftmax(1.2),
+        fm.MVSoftmax(m=0.0),
+        fm.InterclassFilter(1.0, fm.NormFace()),
+        _curricular_of_no_margin(),
+        fm.NPCFace(0.0, 0.0, 0.3),  # the mean of no hard rival is 0
+    ],
+)
 def test_a_tie_is_not_hard(margin, backend):
     """Strict comparisons: a rival exactly at the threshold is left alone."""
     w = torch.eye(4, dtype=torch.float64)[[0, 0, 1, 2]].contiguous()
@@ -115,6 +182,22 @@ def test_a_tie_is_not_hard(margin, backend):
     got = margin_cross_entropy(x, w, torch.tensor([0]), margin, scale=4.0, backend=backend)
     expected = F.cross_entropy(4 * x @ w.T, torch.tensor([0]))
     torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("c_y, margin", [(0.0, fm.EqM(0.0, -0.5)), (1.0, fm.EqM(0.5, 0.0))], ids=["t1", "t2"])
+def test_at_a_bound_the_slope_is_0(c_y, margin, backend):
+    """EqM with the target's cosine exactly t1, or all rivals' exactly t2."""
+    w = torch.eye(4, dtype=torch.float64).requires_grad_()
+    x = torch.eye(4, dtype=torch.float64)[0 if c_y else 1][None].requires_grad_()
+    labels = torch.tensor([0])
+    loss = margin_cross_entropy(x, w, labels, margin, scale=4.0, backend=backend)
+    t = min(c_y, margin.t1) - (margin.t1 - margin.t2)
+    rivals = [max(c, margin.t2) for c in ((0.0, 0.0, 0.0) if c_y else (1.0, 0.0, 0.0))]
+    expected = math.log(1 + sum(math.exp(4 * (r - t)) for r in rivals))
+    assert loss.item() == pytest.approx(expected)
+    (d_w,) = torch.autograd.grad(loss, w)
+    assert not d_w[0].any(), "the target's"
+    assert bool(d_w[2:].any()) == (not c_y), "the rivals'"
 
 
 @pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])

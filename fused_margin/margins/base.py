@@ -201,12 +201,15 @@ class StatefulMargin(KeepsPrecision, Margin):
 
     @torch.no_grad()
     def moved(self, name: str, value: Tensor, rate: float, rows: RowStats) -> Tensor:
-        """The state `name` for this batch: in training moved towards `value` by `rate`, unless no row is valid."""
+        """The state `name` for this batch: in training moved towards `value` by `rate`.
+
+        It stands still where no row is valid, and where `value` is not finite: a GradScaler's overflow skips the step.
+        """
         state = getattr(self, name)
         old = state.to(rows.dtype, copy=True)
         if not self.training or recomputing():
             return old
-        new = torch.where(rows.valid.any(), old + rate * (value.detach() - old), old)
+        new = torch.where(rows.valid.any() & value.isfinite(), old + rate * (value.detach() - old), old)
         state.copy_(new)
         return new
 
