@@ -224,63 +224,6 @@ def test_at_the_discontinuity_within_a_band(dtype, rounding, backend):
     assert ((got >= low - slack) & (got <= high + slack)).all()
 
 
-BAD = {
-    "sv t": (lambda: fm.SVSoftmax(0.99), ValueError, r"t = 0.99; expected .* in \[1, inf\]"),
-    "mv t": (lambda: fm.MVSoftmax(-0.1), ValueError, r"t = -0.1"),
-    "mv kind": (lambda: fm.MVSoftmax(kind="AM"), ValueError, "kind = 'AM'; expected one of 'am', 'arc'"),
-    "mv mode": (lambda: fm.MVSoftmax(mode="x"), ValueError, "mode = 'x'"),
-    "eqm order": (lambda: fm.EqM(0.3, 0.3), ValueError, "expected t2 < t1: t1 is the bound of the targets"),
-    "eqm range": (lambda: fm.EqM(1.2), ValueError, "t1 = 1.2"),
-    "eqm per class": (lambda: fm.EqM(fm.PerClass(torch.ones(3))), TypeError, "t1 is one number for all classes"),
-    "npc t": (lambda: fm.NPCFace(t=0.5), ValueError, "t = 0.5"),
-    "arcneg sigma": (lambda: fm.ArcNegFace(sigma=0), ValueError, "sigma = 0"),
-    "curricular m": (lambda: fm.CurricularFace(4), ValueError, "m = 4"),
-    "curricular rate": (lambda: fm.CurricularFace(rate=2), ValueError, "rate = 2"),
-    "filter": (lambda: fm.InterclassFilter(-0.1), ValueError, "below 0 it would drop rivals that are far away"),
-    "circle": (lambda: fm.CircleLoss(-1), ValueError, "m = -1"),
-    "x2 rises": (lambda: fm.X2Softmax(a=0.9), ValueError, "T must fall with the angle"),
-    "x2 vertex": (lambda: fm.X2Softmax(h=0.2), ValueError, "for theta < h, T would rise"),
-    "annealed": (lambda: fm.Annealed(fm.SphereFace(4), -1), ValueError, "lam = -1"),
-    "annealed rule": (lambda: fm.Annealed(fm.SVSoftmax()), TypeError, "has a rival rule of its own"),
-    "sv of curricular": (lambda: fm.SVSoftmax(1.2, fm.CurricularFace()), TypeError, "has a rival rule of its own"),
-    "sv of uniface": (lambda: fm.SVSoftmax(1.2, fm.UniFace(5)), TypeError, "has a rival rule of its own"),
-    "l-softmax m": (lambda: fm.LSoftmax(0.5), ValueError, "m = 0.5"),
-    "ada m": (lambda: fm.AdaFace(3), ValueError, "m = 3"),
-    "mag order": (lambda: fm.MagFace(10, 5), ValueError, "u_a = 5; .* lies above l_a"),
-    "mag margins": (lambda: fm.MagFace(u_m=0.1), ValueError, "the margin grows with the norm"),
-    "elastic kind": (lambda: fm.ElasticFace(kind="am"), ValueError, "kind = 'am'"),
-    "elastic sigma": (lambda: fm.ElasticFace(sigma=-1), ValueError, "sigma = -1"),
-    "adam": (lambda: fm.AdaMSoftmax(3, 0.5, 0.4), ValueError, "high = 0.4"),
-    "counts": (lambda: fm.margins_by_count(torch.ones(2, 2)), ValueError, r"counts have shape \[2, 2\]"),
-    "kappa": (lambda: fm.KappaFace(torch.ones(3), 4, gamma=2), ValueError, "gamma = 2"),
-    "sphereface2 t": (lambda: fm.SphereFace2(9, t=0.5), ValueError, "the slope at c = -1 is infinite"),
-    "sphereface2 m": (lambda: fm.SphereFace2(9, "M", 0.5), ValueError, "m = 0.5"),
-    "sphereface2 classes": (lambda: fm.SphereFace2("A"), ValueError, "num_classes = 'A'; expected an integer"),
-    "adam classes": (lambda: fm.AdaMSoftmax(3.5), ValueError, "num_classes = 3.5"),
-    "kappa counts": (lambda: fm.KappaFace(torch.ones(2, 2), 4), ValueError, r"counts have shape \[2, 2\]"),
-    "npc m0 + m1": (lambda: fm.NPCFace(m0=1.0, m1=1.0), ValueError, "m0 \\+ m1 is a margin, and beyond pi / 2"),
-    "arcface easy": (lambda: fm.ArcFace(1.6, "easy"), ValueError, "beyond pi / 2 the easy margin's T rises"),
-    "combined easy": (lambda: fm.CombinedMargin(1.5, 0.9, tail="easy"), ValueError, "m2 = 0.9; .* > pi, T rises"),
-    "mv arc easy": (lambda: fm.MVSoftmax(m=2.0, kind="arc"), ValueError, "beyond pi / 2 the easy margin's T rises"),
-    "mag easy": (lambda: fm.MagFace(u_m=1.6), ValueError, "u_m = 1.6; .* beyond pi / 2"),
-    "sv of l-softmax": (lambda: fm.SVSoftmax(1.2, fm.LSoftmax()), TypeError, "LSoftmax works on products of raw rows"),
-    "curricular m for each class": (lambda: fm.CurricularFace(torch.ones(3)), TypeError, "m is one number for all"),
-    "uniface": (lambda: fm.UniFace(9, weight=0), ValueError, "weight = 0"),
-    "adacos": (lambda: fm.AdaCos(2), ValueError, r"log\(C - 1\) must be positive"),
-    "ga": (lambda: fm.GASoftmax(m=0.5), ValueError, "the target would be favoured"),
-    "sphereface-r": (lambda: fm.SphereFaceR(version=3), ValueError, "version = 3; expected 0, 1 or 2"),
-    "sface": (lambda: fm.SFace(k=0), ValueError, "k = 0"),
-    "qam": (lambda: fm.QAMFace(5), ValueError, "m = 5"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_hyper_parameters(name):
-    make, error, message = BAD[name]
-    with pytest.raises(error, match=message):
-        make()
-
-
 def test_a_margin_module_is_not_called():
     with pytest.raises(TypeError, match="CurricularFace is a margin: pass it to a head"):
         fm.CurricularFace()(torch.zeros(3))

@@ -32,7 +32,28 @@ STATEFUL = {
     "curricularface": (lambda: {"margin": fm.CurricularFace()}, {"margin_module.t"}),
     "adaface": (lambda: {"margin": fm.AdaFace()}, {"margin_module.mean", "margin_module.std"}),
     "adacos": (lambda: {"margin": fm.NormFace(), "scale": fm.AdaCos(C)}, {"scale.s"}),
+    "curricularface and adacos": (
+        lambda: {"margin": fm.CurricularFace(), "scale": fm.AdaCos(C)},
+        {"margin_module.t", "scale.s"},
+    ),
 }
+
+
+def test_every_state_that_moves_is_tested():
+    """KappaFace moves in `observe`; the buffers of the others are hyper-parameters, or there are none."""
+    moving = {type(o) for make, _ in STATEFUL.values() for o in make().values()} - {fm.NormFace}
+    still = {fm.ElasticFace, fm.AdaMSoftmax, fm.KappaFace, fm.SphereFace2, fm.UniFace}
+    bases = (fm.StatefulMargin, fm.ScaleRule)
+    public = {t for t in vars(fm).values() if isinstance(t, type) and issubclass(t, bases) and t not in bases}
+    assert moving | still == public
+    x, _, labels = spread(B, C, D, 0)
+    for margin in (
+        fm.ElasticFace(), fm.AdaMSoftmax(C), fm.KappaFace(torch.ones(C), D), fm.SphereFace2(C), fm.UniFace(C)
+    ):  # fmt: skip
+        module = head(margin)
+        before = copy.deepcopy(module.state_dict())
+        module(x.float(), labels)
+        assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
 
 
 @pytest.mark.parametrize("name", STATEFUL)
@@ -123,11 +144,32 @@ def test_elastic_draws_are_repeated_by_the_seed(batch):
 
 
 def test_elastic_plus_gives_small_margins_to_near_rows():
-    margin = fm.ElasticFace(sigma=0.2, plus=True)
-    c = torch.tensor([0.1, 0.9, 0.5])
-    torch.manual_seed(3)
-    m = margin.prepare(fm.RowStats(torch.ones(3, dtype=torch.bool), 5, c.dtype, c), torch.zeros(3).long()).m.values
-    assert m[1] < m[2] < m[0]
+    """Of the margins that the same seed draws for the rows that count: the k-th nearest gets the k-th smallest."""
+    c = torch.tensor([0.1, 0.95, 0.9, -0.3, 0.99, 0.5])
+    valid = torch.tensor([True, False, True, True, False, True])
+    found = fm.RowStats(valid, 5, c.dtype, c)
+    margins = []
+    for plus in (False, True):
+        torch.manual_seed(3)
+        margins.append(fm.ElasticFace(sigma=0.2, plus=plus).prepare(found, torch.zeros(6).long()).m.values)
+    drawn = sorted(margins[0][valid].tolist())
+    assert margins[1][[2, 5, 0, 3]].tolist() == drawn  # in falling order of their cosines
+    assert not torch.equal(*margins)
+
+
+@pytest.mark.parametrize(
+    "options, sigma",
+    [({}, 0.05), ({"kind": "cos"}, 0.05), ({"plus": True}, 0.0175), ({"plus": True, "kind": "cos"}, 0.02)],
+)
+def test_elastic_sigma_is_that_of_the_paper(options, sigma):
+    margin = fm.ElasticFace(**options)
+    assert margin.sigma == sigma
+    rows = 20_000
+    found = fm.RowStats(torch.ones(rows, dtype=torch.bool), 5, torch.float32, torch.linspace(-1, 1, rows))
+    torch.manual_seed(0)
+    drawn = margin.prepare(found, torch.zeros(rows).long()).m.values
+    assert drawn.std().item() == pytest.approx(sigma, rel=0.02)
+    assert drawn.mean().item() == pytest.approx(0.35 if "kind" in options else 0.5, abs=1e-3)
 
 
 def test_learned_parameters_learn(backend, batch):
@@ -144,6 +186,31 @@ def test_learned_parameters_learn(backend, batch):
     adam.margin_module.m.data.fill_(1.5)
     adam(*batch)
     assert adam.margin_module.m.max().item() == 1
+
+
+@pytest.mark.parametrize("classes", [3, 40])
+@pytest.mark.parametrize(
+    "options", [{}, {"kind": "A"}, {"kind": "M"}, {"kind": "A", "m": 0.1}, {"kind": "C", "m": 0.1}]
+)
+@pytest.mark.parametrize("scale", [8.0, 40.0])
+def test_sphereface2_starts_balanced(classes, options, scale, backend):
+    """Where all cosines are 0 the loss is flat in b, with the margin in it; the loss itself is the oracle's in
+    test_losses.py."""
+    margin = fm.SphereFace2(classes, scale=scale, **options).double()
+    w = torch.eye(classes, classes + 1, dtype=torch.float64)
+    x = torch.eye(classes + 1, dtype=torch.float64)[-1:]
+    loss = margin_cross_entropy(x, w, torch.tensor([1]), margin, scale=scale, backend=backend)
+    (slope,) = torch.autograd.grad(loss, margin.b)
+    alone = margin_cross_entropy(x, w[:1], torch.tensor([0]), margin_of_one(margin), scale=scale, backend=backend)
+    (pull,) = torch.autograd.grad(alone, margin.b)
+    assert abs(slope.item()) < 1e-4 * abs(pull.item())
+    assert pull.item() < 0
+
+
+def margin_of_one(margin):
+    """The same with one class, so that nothing pushes."""
+    margin.num_classes = 1
+    return margin
 
 
 def test_kappa_after_an_epoch():

@@ -29,9 +29,14 @@ def scalar(name: str, value: float | Tensor, low: float = -math.inf, high: float
     """A finite number in [low, high] or a 0-dim tensor without gradient, whose value is not read."""
     if isinstance(value, (PerClass, PerSample)) or (isinstance(value, Tensor) and value.dim()):
         raise TypeError(f"{name} is one number for all classes: a float or a 0-dim tensor")
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"{name} asks for a gradient, and the loss has none for it; expected {name}.detach()")
+    without_gradient(name, value)
     parameter(name, value, low, high, why)
+
+
+def without_gradient(name: str, value: RowParameter) -> None:
+    inner = value.values if isinstance(value, (PerClass, PerSample)) else value
+    if isinstance(inner, Tensor) and inner.requires_grad:
+        raise TypeError(f"{name} asks for a gradient, and the loss has none for it; expected {name}.detach()")
 
 
 def parameter(name: str, value: RowParameter, low: float = -math.inf, high: float = math.inf, why: str = "") -> None:

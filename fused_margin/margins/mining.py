@@ -14,7 +14,7 @@ from ..angles import safe_sine
 from ..rules import Rule
 from .angular import ArcFace, largest
 from .base import Margin, RowStats, StatefulMargin, Wrapper, cos_of, sin_of
-from .checks import GRADIENTS, choice, number, parameter, scalar
+from .checks import GRADIENTS, choice, number, parameter, scalar, without_gradient
 from .parameters import RowParameter
 from .softmax import NormFace
 
@@ -172,6 +172,7 @@ class NPCFace(Margin):
 
     def __post_init__(self) -> None:
         parameter("m", self.m, 0, math.pi)
+        without_gradient("m", self.m)  # it sets the mask only
         parameter("m0", self.m0, 0, *largest("easy"))
         end, why = largest("easy")
         left = end - self.m0 if isinstance(self.m0, Real) else end
