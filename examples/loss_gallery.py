@@ -162,7 +162,7 @@ PANELS = (
         "By chance, by class, learned",
         r"$m_i \sim N(m, \sigma^2)$,  $m_y$",
         {
-            r"ElasticFace 0.5 $\pm$ 2 x 0.05": Curve(
+            r"ElasticFace 0.5 $\pm$ 2 $\times$ 0.05": Curve(
                 fm.ArcFace(0.5, "raw"), band=(fm.ArcFace(0.4, "raw"), fm.ArcFace(0.6, "raw"))
             ),
             "dynamic, Kappa: a common class": fm.ArcFace(0.05, "continuous"),
@@ -178,7 +178,7 @@ PANELS = (
             "UniFace": fm.UniFace(100),
         },
     ),
-    Panel("Direct", r"$\sum u_j - z_y$", {"SFace": fm.SFace(), "P2SGrad": fm.P2SGrad()}),
+    Panel("Direct", r"$\Sigma_j\, u_j - z_y$", {"SFace": fm.SFace(), "P2SGrad": fm.P2SGrad()}),
 )
 
 
@@ -208,13 +208,16 @@ def draw(axes: Axes, panel: Panel) -> None:
     for number, (name, entry) in enumerate(panel.curves.items()):
         curve = entry if isinstance(entry, Curve) else Curve(entry)
         target, rival = (t / curve.unit for t in curves(curve.margin, curve.norm))
-        colour, front = COLOURS[number], 3 - 0.1 * number
-        axes.plot(ANGLES, with_gaps(target), color=colour, linewidth=2.4 - 0.25 * number, label=name, zorder=front)
+        colour, front = COLOURS[number], 3 + 0.1 * number
+        width = 3.4 - 2.2 * number / max(1, len(panel.curves) - 1)  # those in front are thinner, so that all show
+        axes.plot(ANGLES, with_gaps(target), color=colour, linewidth=width, label=name, zorder=front)
         if curve.band is not None:
             low, high = (curves(margin, curve.norm)[0] for margin in curve.band)
-            axes.fill_between(ANGLES, low, high, color=colour, alpha=0.18, linewidth=0)
+            axes.fill_between(ANGLES, low, high, color=colour, alpha=0.25, linewidth=0)
         if not torch.allclose(rival, COSINES, atol=2e-3):
-            axes.plot(ANGLES, with_gaps(rival), color=colour, linewidth=1.9, linestyle=DASHED, zorder=front)
+            axes.plot(
+                ANGLES, with_gaps(rival), color=colour, linewidth=0.4 + 0.7 * width, linestyle=DASHED, zorder=front
+            )
     axes.set_title(panel.title, pad=17)
     axes.text(0, 1.02, panel.formula, transform=axes.transAxes, size=9, color="#555555", va="bottom")
     axes.set(xlim=(0, 180), ylim=(-2.2, 1.5), xticks=range(0, 181, 30), yticks=(-2, -1, 0, 1))
