@@ -139,8 +139,9 @@ def test_activation_checkpointing_moves_the_state_once(name, reentrant, backend,
     assert all(not torch.equal(plain.state_dict()[k], start[k]) for k in DRAWN[name][1])
 
 
-def test_activation_checkpointing_of_a_sampled_head(batch):
-    """The same classes are sampled when the forward runs again."""
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_of_a_sampled_head(reentrant, batch):
+    """The same classes are sampled when the forward runs again, and the steps are counted once."""
     x, labels = batch
     heads = [fm.PartialFC(D, 200, fm.ElasticFace(), 16.0, 0.3, sparse_grad=False, seed=4) for _ in range(2)]
     for step in range(2):
@@ -149,7 +150,7 @@ def test_activation_checkpointing_of_a_sampled_head(batch):
             torch.manual_seed(step)
             leaf = x.clone().requires_grad_()
             module.zero_grad()
-            run = module if module is heads[0] else lambda *a, m=module: checkpoint(m, *a, use_reentrant=False)
+            run = module if module is heads[0] else lambda *a, m=module: checkpoint(m, *a, use_reentrant=reentrant)
             loss = run(leaf, labels)
             loss.backward()
             results.append([loss, leaf.grad, module.weight.grad])
