@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from numbers import Real
 from typing import NamedTuple
@@ -11,9 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops, rows
+from . import inputs, ops, rows
+from .angles import softplus
 from .backends import BACKENDS, choose
-from .margins import Margin, Outcome, PerClass, PerSample, RowParameter, RowStats, as_margin, gather_rows
+from .margins import Margin, Outcome, RowParameter, RowStats, as_margin, gather_rows
 from .margins.forms import Forms, forms_of
 from .rows import Mining
 from .rules import IDENTITY, RULES
@@ -21,7 +21,6 @@ from .scales import ScaleRule
 from .shard import ALL_CLASSES, Shard
 from .spec import EPS, Aux, Rows, Spec, Want, acc_dtype
 
-_FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _TOPK_CHUNK = 16_384  # classes whose cosines exist at one time in `topk`
 
 
@@ -41,7 +40,7 @@ def margin_cross_entropy(
     labels: Tensor,
     margin: Margin | Callable[[Tensor], Tensor],
     *,
-    scale: RowParameter | str | ScaleRule = 64.0,
+    scale: RowParameter | str | ScaleRule | None = None,
     bias: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int = -100,
@@ -77,11 +76,14 @@ def margin_cross_entropy(
         margin: a margin of the library, or a function that maps the target cosines [B] to [B].
         scale: s, the inverse temperature: a positive number; a tensor [B] per sample, [C] per class or 0-dim, with
             gradient if it asks for one; "norm", the norm of each embedding (A-Softmax); or a rule, as `fm.AdaCos`.
+            None: `margin.default_scale`, that of the loss's paper or code, 64 for most (docs/losses.md has them all);
+            1 where embeddings or weight are not normalised.
         bias: [C], added to the logits (plain softmax).
         reduction: "mean" over the rows that are not ignored, "sum", or "none": [B], with 0 in ignored rows.
         label_smoothing: eps in [0, 1): the target distribution is (1 - eps) one-hot + eps / C, on the logits with
             margin, as F.cross_entropy has it.
-        mining: `fm.Focal` or `fm.HardRows`: a weight for each row by its own loss.
+        mining: `fm.Focal` or `fm.HardRows`: a weight for each row by its own cross-entropy. A penalty that the margin
+            adds (MagFace's of the norm) is neither looked at nor weighted by it.
         sample_weight, class_weight: [B] and [C], multiplied with the rows' losses (their smoothed part too); the mean
             is over the weights.
         sub_centers: K: `weight` is [C * K, D], K consecutive rows a class, whose cosine is the largest of theirs.
@@ -102,10 +104,10 @@ def margin_cross_entropy(
         TypeError, ValueError: what was got, what is expected, what to do. RuntimeError: a label out of range.
     """
     margin = as_margin(margin)
-    _check(embeddings, weight, labels, bias, sub_centers, shard)
-    _check_margin(margin, normalize_embeddings, normalize_weight, bias, sub_centers)
+    inputs.check_tensors(embeddings, weight, labels, bias, sub_centers, shard)
+    inputs.check_fit(margin, normalize_embeddings, normalize_weight, bias, sub_centers)
     rows.check_reduction(reduction)
-    check_scale(scale)
+    scale = inputs.scale_of(scale, margin, normalize_embeddings, normalize_weight)
     rows.check_extras(label_smoothing, mining, sample_weight, margin.softmax)
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index = {ignore_index!r}; expected an integer, as -100")
@@ -165,7 +167,7 @@ def _by_kernel(
     reduction = "none" if extras.weigh else extras.reduction
     loss, of_rows, aux = ops.sweep_loss(x, w, labels, s, margin.rule().tensor(x), spec, forms, reduction)
     if extras.weigh:
-        loss = rows.reduced(loss, labels, head.valid, spec.num_classes, extras)
+        loss = rows.reduced(loss, labels, head.valid, spec.num_classes, extras, loss)
     if not stats:
         return loss, None
     found = Rows(*of_rows)
@@ -190,8 +192,10 @@ def _by_torch(
     bias = bias if extra_bias is None else shard.part(extra_bias, spec.num_classes)
     spec = spec._replace(rule=margin.rule().name, want=_want(x, w, s, return_stats, margin, extras.smoothing))
     out, margin, stats = _sweep(head._replace(spec=spec), margin, s, bias, found, return_stats)
-    loss = rows.smoothed(margin.row_loss(out), out, extras.smoothing, shard.swept(spec)) + margin.penalty()
-    return rows.reduced(loss, labels, head.valid, spec.num_classes, extras), stats
+    loss = margin.row_loss(out)
+    by = softplus(out.red - out.z) if extras.mining is not None and margin.softmax else loss  # what mining looks at
+    loss = rows.smoothed(loss, out, extras.smoothing, shard.swept(spec))
+    return rows.reduced(loss, labels, head.valid, spec.num_classes, extras, by, margin.penalty()), stats
 
 
 def _row_stats(head: _Inputs, margin: Margin, scale: RowParameter | str | ScaleRule) -> RowStats:
@@ -242,7 +246,7 @@ def _sweep(
     if "hard_mean" in margin.needs:
         at_rows = at_rows.after(aux.masked_sum / aux.masked_count.clamp_min(1))
     c = cos_y.clone() if stats else cos_y  # T may be a user's, and work in place
-    z = scale * _checked_target(at_rows.transform(c), cos_y).to(found.dtype)
+    z = scale * inputs.checked_target(at_rows.transform(c), cos_y).to(found.dtype)
     own = 0.0
     if bias is not None:
         own = shard.at_rows(bias, labels, head.valid).to(found.dtype)
@@ -279,7 +283,7 @@ def topk(
     Returns: cosines [B, k] in falling order, and class numbers [B, k] (int64). No gradient.
     """
     labels = torch.zeros(len(embeddings), dtype=torch.long, device=embeddings.device)
-    _check(embeddings, weight, labels, bias, sub_centers)
+    inputs.check_tensors(embeddings, weight, labels, bias, sub_centers)
     classes = weight.shape[0] // sub_centers
     if not 1 <= k <= classes:
         raise ValueError(f"k = {k}; expected 1 <= k <= {classes}, the number of classes")
@@ -304,94 +308,8 @@ def topk(
     return best, ids
 
 
-def _check_margin(margin: Margin, normalize_x: bool, normalize_w: bool, bias: Tensor | None, sub_centers: int) -> None:
-    """Raises where a margin has no meaning for the products, or brings what was given."""
-    name = type(margin).__name__
-    if not (normalize_x and normalize_w) and not margin.additive:
-        raise ValueError(
-            f"{name} is a margin on angles: it needs normalize_embeddings and normalize_weight; "
-            "without them, NormFace (plain softmax) and CosFace are defined"
-        )
-    if margin.products and (normalize_x or normalize_w or sub_centers > 1):
-        raise ValueError(
-            f"{name} works on products of raw rows: pass normalize_embeddings=False, normalize_weight=False, scale=1, "
-            "sub_centers=1"
-        )
-    if margin.reduction != "logsumexp" and bias is not None:
-        raise ValueError(f"{name} has a bias of its own; expected bias=None")
-
-
-def _check(
-    embeddings: Tensor,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    sub_centers: int = 1,
-    shard: Shard = ALL_CLASSES,
-) -> None:
-    for name, t in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: got {type(t).__name__}; expected a tensor, as torch.as_tensor({name}) gives")
-    for name, t, shape in (("embeddings", embeddings, "[B, D]"), ("weight", weight, "[C, D]")):
-        if t.dtype not in _FLOATS:
-            raise TypeError(
-                f"{name} are {t.dtype}; expected float32, bfloat16, float16 or float64, as in {name}.float()"
-            )
-        if t.dim() != 2:
-            raise ValueError(f"{name} have shape {list(t.shape)}; expected two dimensions, {shape}")
-    if embeddings.shape[1] != weight.shape[1]:
-        hint = "; weight seems to be [D, C]: pass weight.T" if embeddings.shape[1] == weight.shape[0] else ""
-        raise ValueError(
-            f"embeddings {list(embeddings.shape)} and weight {list(weight.shape)} differ in their last dimension; "
-            f"expected [B, D] and [C, D]{hint}"
-        )
-    if not (weight.shape[0] or shard.may_be_empty) or not weight.shape[1]:
-        raise ValueError(f"weight has shape {list(weight.shape)}; expected at least one class and one dimension")
-    if (embeddings.dtype == torch.float64) != (weight.dtype == torch.float64):
-        raise TypeError(
-            f"embeddings are {embeddings.dtype} and weight is {weight.dtype}; float64 goes with float64 only: "
-            "convert one of them"
-        )
-    if labels.dim() == 2 and labels.is_floating_point():
-        raise TypeError(
-            f"labels are a matrix {list(labels.shape)} of {labels.dtype}; expected class numbers [B]. For mixup, call "
-            "the loss once for each of the two label vectors and add: lam * loss(e, a) + (1 - lam) * loss(e, b)"
-        )
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"labels are {labels.dtype}; expected integers, as in labels.long()")
-    if labels.shape != embeddings.shape[:1]:
-        hint = ""
-        if labels.dim() == 2:
-            hint = "; use labels.squeeze(1)" if labels.shape[1] == 1 else "; for one-hot rows use labels.argmax(1)"
-        raise ValueError(f"labels have shape {list(labels.shape)}; expected [{embeddings.shape[0]}], one a row{hint}")
-    for name, t in (("weight", weight), ("labels", labels), ("bias", bias)):
-        if t is not None and t.device != embeddings.device:
-            raise ValueError(
-                f"{name} on {t.device}, embeddings on {embeddings.device}; expected one device: "
-                f"use {name}.to(embeddings.device)"
-            )
-    if isinstance(sub_centers, bool) or not isinstance(sub_centers, int) or sub_centers < 1:
-        raise ValueError(f"sub_centers = {sub_centers!r}; expected a positive integer")
-    classes, rest = divmod(weight.shape[0], sub_centers)
-    if rest:
-        raise ValueError(f"weight has {weight.shape[0]} rows, no multiple of sub_centers = {sub_centers}")
-    if bias is not None and (bias.shape != (classes,) or bias.dtype not in _FLOATS):
-        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; expected floats [{classes}], one a class")
-
-
-def check_scale(scale: RowParameter | str | ScaleRule) -> None:
-    """Raises for what can never be a scale; the values of tensors are not read."""
-    if isinstance(scale, (Tensor, PerClass, PerSample, ScaleRule)) or scale == "norm":
-        return
-    if isinstance(scale, bool) or not isinstance(scale, (Real, str)):
-        raise TypeError(f"scale = {scale!r}; expected a positive number, a tensor, or 'norm'")
-    if isinstance(scale, str) or not 0 < scale < math.inf:  # not isfinite: under torch.compile this may be a symbol
-        raise ValueError(f"scale = {scale!r}; expected a positive finite number, a tensor, or 'norm'")
-
-
 def row_scale(scale: RowParameter, embeddings: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """s as a tensor [B] of the accumulation dtype."""
-    check_scale(scale)
     acc = acc_dtype(embeddings)
     if isinstance(scale, Real):
         return embeddings.new_full(embeddings.shape[:1], float(scale), dtype=acc)
@@ -406,7 +324,7 @@ def _compute_dtype(asked: torch.dtype | None, embeddings: Tensor) -> torch.dtype
         return torch.float64
     if asked is None:
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeddings.dtype
-    if asked not in _FLOATS[:1] + _FLOATS[2:]:
+    if asked not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"compute_dtype = {asked}; expected torch.float32, torch.bfloat16 or torch.float16")
     return asked
 
@@ -421,10 +339,3 @@ def _want(embeddings: Tensor, weight: Tensor, scale: Tensor, stats: bool, margin
         Want.DW: grad and weight.requires_grad,
     }
     return sum(int(flag) for flag, asked in wanted.items() if asked)
-
-
-def _checked_target(target: Tensor, cos_y: Tensor) -> Tensor:
-    if not isinstance(target, Tensor) or target.shape != cos_y.shape:
-        got = f"a tensor of shape {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
-        raise ValueError(f"the margin's target() gave {got}; expected a tensor [{cos_y.shape[0]}], one value a row")
-    return target

@@ -8,16 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import functional, rows
+from . import functional, inputs, rows
 from .backends import BACKENDS, why_not
 from .margins import ArcFace, Margin, PerClass, PerSample, RowParameter, as_margin
 from .rows import Mining
 from .scales import ScaleRule
 from .spec import EPS, acc_dtype
+from .state import KeepsPrecision
 from .subcenters import Outliers, find_outliers
 
 
-class MarginHead(nn.Module):
+class MarginHead(KeepsPrecision):
     """A classification head with a margin softmax: embeddings and labels in, loss out.
 
     Equivalent to: `margin_cross_entropy(embeddings, self.weight, labels, margin, scale=scale, ...)`, see there for the
@@ -28,8 +29,9 @@ class MarginHead(nn.Module):
         num_classes: C.
         margin: a margin of the library, or a function of the target cosines. Tensors in it become buffers of the head
             (parameters stay parameters), so that they follow `.to(...)` and stand in the state_dict; so does a
-            function that is an nn.Module.
-        scale: s, one for all: a number, a 0-dim tensor or parameter, or "norm", each embedding's norm (A-Softmax).
+            function that is an nn.Module. Buffers are copies, and stay float32 where the head is made 16-bit.
+        scale: s, one for all: a number, a 0-dim tensor or parameter, "norm", each embedding's norm (A-Softmax), or a
+            rule, as `fm.AdaCos`. None: the margin's `default_scale`, 1 without normalisation.
         bias: a learnable bias per class, for plain softmax.
     The weight [C, D] starts as N(0, 0.01), as InsightFace's: normalised weights turn at a speed of lr / |w|^2, so the
     norm they start with is part of a training recipe.
@@ -40,7 +42,7 @@ class MarginHead(nn.Module):
         embedding_size: int,
         num_classes: int,
         margin: Margin | Callable[[Tensor], Tensor] | None = None,
-        scale: RowParameter | str | ScaleRule = 64.0,
+        scale: RowParameter | str | ScaleRule | None = None,
         *,
         bias: bool = False,
         ignore_index: int = -100,
@@ -79,7 +81,8 @@ class MarginHead(nn.Module):
                 f"backend={backend!r} cannot run: {', '.join(why_not(backend))}; have {', '.join(BACKENDS)}"
             )
         self._make_weight(bias, {"device": device, "dtype": dtype})
-        functional.check_scale(scale)
+        margin = ArcFace() if margin is None else as_margin(margin)
+        scale = inputs.scale_of(scale, margin, normalize_embeddings, normalize_weight)
         if isinstance(scale, (PerClass, PerSample)) or (isinstance(scale, Tensor) and scale.dim()):
             raise ValueError("a head has one scale for all; for others call functional.margin_cross_entropy")
         if isinstance(scale, Tensor):
@@ -87,7 +90,6 @@ class MarginHead(nn.Module):
         else:
             self.scale = scale
         self._hold("class_weight", class_weight)
-        margin = ArcFace() if margin is None else as_margin(margin)
         rows.check_extras(label_smoothing, mining, class_weight, margin.softmax)
         self.margin_module = margin.module()  # its parameters and its state are the head's
         if self.margin_module is not None:
@@ -105,7 +107,7 @@ class MarginHead(nn.Module):
         self.bias = nn.Parameter(torch.zeros(self.num_classes, **options)) if bias else None
 
     def _hold(self, name: str, tensor: Tensor | None) -> None:
-        """A parameter stays one, another tensor becomes a buffer; both on the weight's device."""
+        """A parameter stays the user's, a copy of another tensor becomes a buffer; both on the weight's device."""
         if tensor is None:
             self.register_buffer(name, None)
             return
@@ -115,7 +117,7 @@ class MarginHead(nn.Module):
         elif tensor.requires_grad:
             raise ValueError(f"{name} asks for a gradient, but no optimizer would see it; expected an nn.Parameter")
         else:
-            self.register_buffer(name, moved)
+            self.register_buffer(name, moved.detach().clone() if moved is tensor else moved)
 
     def _per_class(self, margin: Margin) -> Margin:
         """Tensors of one value a class, marked as that: a batch may be as large as there are classes."""
@@ -190,10 +192,17 @@ class MarginHead(nn.Module):
 
         See `fm.find_outliers`. Give it the whole training set's embeddings.
         """
-        return find_outliers(embeddings, self.weight, labels, self.sub_centers, angle)
+        ignored = self.options["ignore_index"]
+        return find_outliers(embeddings, self.weight, labels, self.sub_centers, angle, ignore_index=ignored)
 
     def extra_repr(self) -> str:
         parts = [f"embedding_size={self.embedding_size}", f"num_classes={self.num_classes}"]
         parts += [f"sub_centers={self.sub_centers}"] * (self.sub_centers > 1)
-        parts += [] if self._margin is None else [f"margin={self._margin}"]
-        return ", ".join(parts + ([] if isinstance(self.scale, ScaleRule) else [f"scale={self.scale}"]))
+        parts += [] if self._margin is None else [f"margin={self.margin.map(lambda _, value: _shown(value))}"]
+        return ", ".join(parts + ([] if isinstance(self.scale, ScaleRule) else [f"scale={_shown(self.scale)}"]))
+
+
+def _shown(value: RowParameter | str) -> RowParameter | str:
+    """A 0-dim tensor as its number, which a schedule may have changed; anything else as it is."""
+    plain = isinstance(value, Tensor) and not value.dim() and not value.is_meta
+    return float(f"{value.item():.6g}") if plain else value

@@ -10,10 +10,14 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from .margins.base import choice, number
+from .backends.reference import check_labels as check_range
+from .inputs import check_labels
+from .margins.checks import choice, count, number
+from .spec import Spec
+from .state import KeepsPrecision
 
 
-class CenterLoss(nn.Module):
+class CenterLoss(KeepsPrecision):
     """The squared distance of each embedding from the centre of its class; centres move by their own rule.
 
     Equivalent to: `((x - centers[labels]) ** 2).sum(1).mean()` (halved: `mean / 2` is the paper's L_C / B), with the
@@ -21,8 +25,11 @@ class CenterLoss(nn.Module):
     `centers[j] -= alpha * sum_{i: y_i = j} (c_j - x_i) / (1 + n_j)`, n_j the rows of class j.
     Use: `loss = head(x, labels) + lam / 2 * center_loss(x, labels)`; the paper has lam = 0.003, alpha = 0.5.
     Args: embedding_size, num_classes; alpha in [0, 1] (0.5); reduction "mean", "sum" or "none"; ignore_index.
-    State: `centers` [C, D], 0 at first. jxgu1016's code counts from 1 too but divides by the batch size once more;
-    facenet's moves by each row without a count.
+    Labels as those of a head: an integer type, in [0, C) or `ignore_index`. 16-bit embeddings are read as float32.
+    State: `centers` [C, D], 0 at first, float32 (float64 after `.double()`) also in a 16-bit model. Call it outside of
+    what `torch.utils.checkpoint` wraps: it moves the centres after use, so that a second forward sees others.
+    jxgu1016's code counts from 1 too but divides by the batch size once more; facenet's moves by each row without a
+    count.
     Source: Wen et al. 2016, A Discriminative Feature Learning Approach (ECCV 2016) eqs. 2-5.
     """
 
@@ -38,6 +45,8 @@ class CenterLoss(nn.Module):
         super().__init__()
         number("alpha", alpha, 0, 1)
         choice("reduction", reduction, ("mean", "sum", "none"))
+        count("embedding_size", embedding_size)
+        count("num_classes", num_classes)
         self.alpha, self.reduction, self.ignore_index = alpha, reduction, ignore_index
         self.register_buffer("centers", torch.zeros(num_classes, embedding_size))
 
@@ -46,6 +55,9 @@ class CenterLoss(nn.Module):
             raise ValueError(
                 f"embeddings have shape {list(embeddings.shape)}; expected [B, {self.centers.shape[1]}] of raw rows"
             )
+        check_labels(labels, len(embeddings))
+        labels = labels.long()
+        check_range(labels, Spec(num_classes=len(self.centers), ignore_index=self.ignore_index))
         valid = labels != self.ignore_index
         rows = torch.where(valid, labels, 0)
         x = torch.where(valid[:, None], embeddings, 0).to(self.centers.dtype)

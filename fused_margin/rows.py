@@ -1,6 +1,7 @@
-"""What happens to the losses of the rows, all on [B]: mining by the loss itself, weights, smoothing, reduction.
+"""What happens to the losses of the rows, all on [B]: smoothing, mining by the cross-entropy, weights, reduction.
 
-loss_i -> (1 - eps) loss_i + eps * (mean over the classes) -> mining -> weights -> mean, sum or none
+loss_i -> (1 - eps) loss_i + eps * (mean over the classes) -> times a factor of the cross-entropy -> + the margin's
+penalty -> weights -> mean, sum or none
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 from .margins import GRADIENTS, Outcome, PerClass, PerSample
-from .margins.base import choice, gather_rows, number
+from .margins.checks import choice, number
+from .margins.parameters import gather_rows
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -36,7 +38,10 @@ class Mining:
     """A weight for each row that its own loss decides; works with every margin."""
 
     def factor(self, loss: Tensor, valid: Tensor) -> Tensor:
-        """[B], multiplied with the losses; gradients flow through it unless it is detached."""
+        """[B], multiplied with the losses; gradients flow through it unless it is detached.
+
+        loss: the rows' cross-entropy -log p_y, without smoothing, penalty or weight; of a loss without softmax, itself.
+        """
         raise NotImplementedError(f"{type(self).__name__} must define factor(self, loss, valid)")
 
     def counts(self, factor: Tensor) -> Tensor:
@@ -48,7 +53,8 @@ class Mining:
 class Focal(Mining):
     """Focal loss: rows that are classified well count less.
 
-    Equivalent to: `loss * alpha * (1 - p) ** gamma`, p = exp(-loss), for each row by itself.
+    Equivalent to: `loss * alpha * (1 - p) ** gamma` for each row by itself, p the softmax probability of its class,
+    margin included. What a margin adds as a penalty is added after.
     Args: gamma >= 1 (default 2; below 1 the slope at p = 1 is infinite), alpha > 0 (1). gradient "exact" differentiates
         the factor too, so that the cross-entropy's gradient of the whole row is multiplied with
         `(1 - p)^gamma - gamma p (1 - p)^(gamma - 1) log p`; "detached" takes the factor as a constant.
@@ -74,8 +80,9 @@ class Focal(Mining):
 class HardRows(Mining):
     """Hard-row mining (HM-Softmax, OHEM): only the rows with the largest losses count.
 
-    Equivalent to: `loss.topk(max(1, int(keep * B))).values`, B without the ignored rows; the others weigh 0, and the
-    mean is over the kept ones. Among equal losses the first rows are kept.
+    Equivalent to: `loss.topk(max(1, int(keep * B))).values`, B without the ignored rows; the others weigh 0, with a
+    margin's penalty, and the mean is over the kept ones. Among equal losses the first rows are kept. With smoothing or
+    a penalty it is the cross-entropy alone that ranks the rows.
     Args: keep in (0, 1] (default 0.9).
     Source: Shrivastava et al. 2016, OHEM (arXiv 1604.03540), as in xiaoboCASIA/SV-X-Softmax.
     """
@@ -107,7 +114,7 @@ def check_extras(smoothing: float, mining: Mining | None, weights: Tensor | None
     if mining is not None and not isinstance(mining, Mining):
         raise TypeError(f"mining: got {mining!r}; expected fm.Focal(), fm.HardRows() or None")
     if isinstance(mining, Focal) and not softmax:
-        raise ValueError("fm.Focal takes p = exp(-loss) of a softmax; this loss has none: expected fm.HardRows or None")
+        raise ValueError("fm.Focal takes p of a softmax, and this loss has none: expected fm.HardRows or None")
     if weights is not None and not isinstance(weights, Tensor):
         raise TypeError(f"weights: got {type(weights).__name__}; expected a tensor")
 
@@ -117,24 +124,39 @@ def smoothed(loss: Tensor, out: Outcome, smoothing: float, num_classes: int) -> 
     return loss + smoothing * (out.z - (out.z + out.sum_u) / num_classes) if smoothing else loss
 
 
-def _weights(labels: Tensor, num_classes: int, dtype: torch.dtype, extras: Extras) -> Tensor | float:
-    """The product of sample and class weights at the rows, [B], or 1.0."""
+def _weights(labels: Tensor, valid: Tensor, num_classes: int, dtype: torch.dtype, extras: Extras) -> Tensor | float:
+    """The product of sample and class weights at the rows, [B], or 1.0; what ignored rows bring (NaN) is dropped."""
     weights = 1.0
     if extras.by_sample is not None:
         weights = weights * gather_rows(PerSample(extras.by_sample), labels, num_classes, dtype, "sample_weight")
     if extras.by_class is not None:
         weights = weights * gather_rows(PerClass(extras.by_class), labels, num_classes, dtype, "class_weight")
-    return weights
+    return torch.where(valid, weights, 0) if isinstance(weights, Tensor) else weights
 
 
-def reduced(loss: Tensor, labels: Tensor, valid: Tensor, num_classes: int, extras: Extras) -> Tensor:
-    """Mining, weights and reduction; the mean divides by the weights of the rows that count, and is 0 without any."""
-    weights = _weights(labels, num_classes, loss.dtype, extras)
+def reduced(
+    loss: Tensor,
+    labels: Tensor,
+    valid: Tensor,
+    num_classes: int,
+    extras: Extras,
+    by: Tensor,
+    penalty: Tensor | float = 0.0,
+) -> Tensor:
+    """Mining by `by` [B], penalty, weights and reduction.
+
+    The mean divides by the weights of the rows that count, and is 0 without any. A row that mining drops from the mean
+    has no penalty either.
+    """
+    weights = _weights(labels, valid, num_classes, loss.dtype, extras)
     counts = weights * valid.to(loss.dtype)
     loss = torch.where(valid, loss, 0)
     if extras.mining is not None:
-        factor = extras.mining.factor(loss, valid)
-        loss, counts = loss * factor, counts * extras.mining.counts(factor)
+        factor = extras.mining.factor(torch.where(valid, by, 0), valid)
+        counted = extras.mining.counts(factor)
+        loss, penalty, counts = loss * factor, penalty * counted, counts * counted
+    if isinstance(penalty, Tensor):
+        loss = loss + torch.where(valid, penalty, 0)
     loss = loss * weights if isinstance(weights, Tensor) else loss
     if extras.reduction == "none":
         return loss

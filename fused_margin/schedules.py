@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .margins.base import number
+from .margins.checks import count, number
 
 Schedule = Callable[[int], float]
 
@@ -36,7 +36,7 @@ class Linear:
     def __post_init__(self) -> None:
         number("start", self.start)
         number("end", self.end)
-        number("steps", self.steps, 1)
+        count("steps", self.steps)
 
     def __call__(self, step: int) -> float:
         return self.start + (self.end - self.start) * min(step / self.steps, 1.0)
@@ -59,7 +59,7 @@ class Exponential:
     def __post_init__(self) -> None:
         number("start", self.start)
         number("end", self.end)
-        number("steps", self.steps, 1)
+        count("steps", self.steps)
         number("rate", self.rate, 1e-6)
 
     def __call__(self, step: int) -> float:
@@ -81,8 +81,9 @@ class SphereFaceAnnealing:
     minimum: float = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("base", "gamma", "power", "minimum"):
+        for name in ("gamma", "power", "minimum"):
             number(name, getattr(self, name), 0)
+        number("base", self.base, self.minimum, math.inf, "lambda falls from base to minimum")
 
     def __call__(self, step: int) -> float:
         return max(self.minimum, self.base * (1 + self.gamma * step) ** -self.power)
@@ -93,16 +94,20 @@ class MarginSchedule:
 
     Args: head: a MarginHead; name: the parameter as the margin calls it ("m", "t", "base.m", "lam"), or "scale";
         schedule: a function of the step, which starts at 0. Its state_dict is the step.
+    Errors: a name that the head has no tensor of; a number that the margin would not take, when it is to be written.
     """
 
     def __init__(self, head: nn.Module, name: str, schedule: Schedule) -> None:
+        if not hasattr(head, "margin_module"):
+            raise TypeError(f"head: got {type(head).__name__}; expected an fm.MarginHead or fm.PartialFC")
+        if not callable(schedule):
+            raise TypeError(f"schedule: got {schedule!r}; expected a function of the step, as Linear(0.0, 0.5, 1000)")
         self.head, self.name, self.schedule, self.last_step = head, name, schedule, 0
         self._write()
 
     def _tensor(self) -> Tensor:
         """Looked up each time: `.to(device)` makes new tensors."""
-        module = self.head.margin_module
-        held = self.head.margin.tensors() | ({} if module is None else dict(module.named_buffers()))
+        held = self._of_module() | self.head.margin.tensors()
         held |= {"scale": self.head.scale} if isinstance(self.head.scale, Tensor) else {}
         if self.name not in held:
             raise ValueError(
@@ -112,9 +117,20 @@ class MarginSchedule:
             )
         return held[self.name]
 
+    def _of_module(self) -> dict[str, Tensor]:
+        module = self.head.margin_module
+        return {} if module is None else dict(module.named_buffers())
+
     @torch.no_grad()
     def _write(self) -> None:
-        self._tensor().fill_(self.value)
+        tensor, value = self._tensor(), self.value
+        if self.name == "scale":
+            number("scale", value, 1e-9)
+        else:
+            number(self.name, value)
+            inner = self.name in self._of_module() and self.name not in self.head.margin.tensors()
+            (self.head.margin_module if inner else self.head.margin).check(self.name, value)
+        tensor.fill_(value)
 
     @property
     def value(self) -> float:
@@ -129,5 +145,6 @@ class MarginSchedule:
         return {"last_step": self.last_step}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        self.last_step = int(state["last_step"])
+        count("last_step", state["last_step"], 0)
+        self.last_step = state["last_step"]
         self._write()

@@ -120,9 +120,13 @@ def magface(d: Dense) -> Tensor:
 def elastic(margin: Callable, m: float, plus: bool = False) -> Callable[[Dense], Tensor]:
     def rows(d: Dense) -> Tensor:
         drawn = m + 0.05 * torch.randn(len(d.s), dtype=d.draws).to(d.s.dtype)
-        if plus:  # the sample that is the k-th nearest to its class gets the k-th smallest margin
-            order = torch.where(d.valid, d.c_y.detach(), 0.0).argsort(descending=True)
-            drawn = drawn.clone().index_copy(0, order, drawn.sort().values)
+        if plus:  # 2109.09416, section 3: the farther a sample is from its class, the larger its margin
+            there = d.valid.nonzero()[:, 0].tolist()
+            nearest_first = sorted(there, key=lambda i: -d.c_y[i].item())
+            smallest_first = sorted(drawn[i].item() for i in there)
+            drawn = drawn.clone()
+            for i, given in zip(nearest_first, smallest_first, strict=True):
+                drawn[i] = given
         return softmax(lambda d, c: margin(c, drawn))(d)
 
     return rows

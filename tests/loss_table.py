@@ -177,7 +177,7 @@ LOSSES: dict[str, Loss] = {
     "elasticface-arc": Loss(lambda C, D, **g: fm.ElasticFace(**g), elastic(lambda c, m: arcface(c, m, "raw"), 0.5)),
     "elasticface-cos": Loss(lambda C, D, **g: fm.ElasticFace(kind="cos", **g), elastic(lambda c, m: c - m, 0.35)),
     "elasticface+": Loss(
-        lambda C, D, **g: fm.ElasticFace(0.4, plus=True, kind="cos", **g), elastic(lambda c, m: c - m, 0.4, True)
+        lambda C, D, **g: fm.ElasticFace(0.4, 0.05, plus=True, kind="cos", **g), elastic(lambda c, m: c - m, 0.4, True)
     ),
     "adacos-fixed": Loss(
         lambda C, D, **g: fm.NormFace(**g),

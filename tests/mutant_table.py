@@ -1,118 +1,11 @@
 """The planted errors of tests/mutants.py: a file, a text that stands in it once, and what takes its place."""
 
-from typing import NamedTuple
-
-
-class Mutant(NamedTuple):
-    name: str
-    file: str
-    old: str
-    new: str
-
-
-def _in(file: str, *rows: tuple[str, str, str]) -> list[Mutant]:
-    return [Mutant(name, file, old, new) for name, old, new in rows]
-
+from .mutant_losses import LOSS_MUTANTS
+from .mutant_record import Mutant as Mutant
+from .mutant_record import in_file as _in
 
 MUTANTS = [
-    *_in(
-        "fused_margin/angles.py",
-        ("sine_floor_dropped", "SINE_FLOOR = 1e-3", "SINE_FLOOR = 0.0"),
-        ("sine_slope_sign", "_with_slope(sine, -at /", "_with_slope(sine, at /"),
-    ),
-    *_in(
-        "fused_margin/margins/softmax.py",
-        ("margin_wrong_by_0_002", "return cos_y - self.m", "return cos_y - self.m - 0.002"),
-    ),
-    *_in(
-        "fused_margin/margins/base.py",
-        (
-            "detached_keeps_the_slope",
-            "return self.target(cos_y.detach()) + (cos_y - cos_y.detach())",
-            "return self.target(cos_y)",
-        ),
-        ("margin_of_another_class", "torch.where(inside, labels, 0)]", "torch.where(inside, labels - 1, 0)]"),
-        ("state_moves_in_eval", "if not self.training:", "if False:"),
-        ("state_after_use", "state.copy_(new)\n        return new", "state.copy_(new)\n        return old"),
-        ("margin_of_a_module_frozen", "self.register_buffer(name, value)", "setattr(self, name, float(value))"),
-        ("mean_over_ignored_rows", "self.valid.sum().clamp_min(1)", "len(self.valid)"),
-    ),
-    *_in(
-        "fused_margin/margins/angular.py",
-        ("arcface_sign", "safe_sine(cos_y) * sin_m, beyond", "safe_sine(cos_y) * -sin_m, beyond"),
-        ("tail_condition_flipped", "beyond = cos_y < -cos_m", "beyond = cos_y > -cos_m"),
-        ("tail_linear_for_continuous", "c - joint - 1, value", "c - drop, value"),
-        ("tail_clamp_wrong", "torch.where(beyond, -1.0, value)", "torch.where(beyond, -0.999, value)"),
-        ("tail_easy_includes_zero", "torch.where(c > 0, value, c)", "torch.where(c >= 0, value, c)"),
-        ("psi_last_segment_lost", "for i in range(1, int(m)))", "for i in range(1, int(m) - 1))"),
-        ("psi_offset", "* value - 2 * k", "* value - k"),
-        ("psi_segment_rounded", "k = torch.floor((angle * m", "k = torch.round((angle * m"),
-        ("combined_m3_sign", "sin_of(self.m2)) - self.m3", "sin_of(self.m2)) + self.m3"),
-        ("combined_joint", "cos_of((math.pi - self.m2) / self.m1)", "cos_of(math.pi - self.m2)"),
-        ("annealed_weight", "/ (1 + self.lam)", "/ (2 + self.lam)"),
-        ("annealed_products_as_cosines", "return self.base.products", "return False"),
-        ("l_softmax_norm_of_w", "rows.norm * rows.weight_norm", "rows.norm * rows.weight_norm.detach()"),
-        ("multiple_unclamped", "angle.detach() > math.pi, -1.0", "angle.detach() > 4.0, -1.0"),
-    ),
-    *_in(
-        "fused_margin/margins/mining.py",
-        ("sv_offset", '"hard", (self.t, self.t - 1)', '"hard", (self.t, 1 - self.t)'),
-        (
-            "sv_mask_without_margin",
-            "def threshold(self, cos_y: Tensor) -> Tensor:\n        return self.base.target(cos_y)",
-            "def threshold(self, cos_y: Tensor) -> Tensor:\n        return cos_y",
-        ),
-        ("mv_adaptive_offset", "(self.t + 1, self.t) if", "(self.t + 1, self.t - 1) if"),
-        ("mv_mask_is_easy", "0 if self.easy", "-1 if self.easy"),
-        ("npc_margin_of_hard_rivals", "self.m0 + self.m1 * self.hard_mean", "self.m0 - self.m1 * self.hard_mean"),
-        ("arcneg_centre", "return self.target(cos_y)\n\n    def rule", "return cos_y\n\n    def rule"),
-    ),
-    *_in(
-        "fused_margin/margins/bounds.py",
-        ("eqm_offset_ignored", "self.t1) - offset", "self.t1)"),
-        ("eqm_upper_for_lower", "(self.t2, math.inf)", "(-math.inf, self.t2)"),
-        ("circle_weight_learns", "torch.relu(1 + self.m - cos_y).detach()", "torch.relu(1 + self.m - cos_y)"),
-    ),
-    *_in(
-        "fused_margin/margins/adaptive.py",
-        ("adaface_sign", "- self.m * self.q).clamp", "+ self.m * self.q).clamp"),
-        ("adaface_biased_std", "(rows.valid.sum() - 1).clamp_min(1)", "rows.valid.sum().clamp_min(1)"),
-        ("magface_penalty", "self.norms / self.u_a**2", "self.norms / self.u_a"),
-        ("magface_norm_detached", "PerSample(rows.norm.clamp(self.l_a", "PerSample(rows.norm.detach().clamp(self.l_a"),
-        ("elastic_plus_order", "argsort(descending=True).argsort()", "argsort(descending=True)"),
-        ("adam_penalty", "self.weight * (1 - self.mean)", "self.weight * self.mean"),
-        ("kappa_weight", "self.gamma * spread + (1 - self.gamma)", "self.gamma * spread + self.gamma"),
-        ("counts_power", "clamp_min(1) ** -power", "clamp_min(1) ** (-2 * power)"),
-    ),
-    *_in(
-        "fused_margin/margins/uncoupled.py",
-        ("sphere2_balance", "self.balance * softplus(-out.z)", "(1 - self.balance) * softplus(-out.z)"),
-        ("sphere2_weight", "self.weight / out.scale * loss", "self.weight * loss"),
-        ("sphere2_rivals", 'float(self.m) if self.kind == "C"', '-float(self.m) if self.kind == "C"'),
-        ("uniface_weight", "softplus(-out.z) + self.weight * out.red", "softplus(-out.z) + out.red"),
-        ("uniface_bias_sign", "Whole(-self.b.to(rows.dtype))", "Whole(self.b.to(rows.dtype))"),
-    ),
-    *_in(
-        "fused_margin/margins/reference_only.py",
-        ("ga_margin_outside", "angle = self.m * safe_angle(cos_y)", "angle = safe_angle(cos_y)"),
-        ("qam_power", "self.m) ** 2", "self.m) ** 1"),
-        ("sface_weight_learns", "safe_angle(cos_y.detach())", "safe_angle(cos_y)"),
-    ),
-    *_in(
-        "fused_margin/scales.py",
-        ("adacos_after_use", "self.s.copy_(new)\n        return new", "self.s.copy_(new)\n        return s"),
-        ("adacos_mean", "- count.clamp_min(1).to(rows.dtype).log()", ""),
-    ),
-    *_in(
-        "fused_margin/rows.py",
-        ("focal_power", "miss**self.gamma", "miss ** (self.gamma + 1)"),
-        ("hard_rows_upside_down", "argsort(descending=True, stable=True)", "argsort(stable=True)"),
-        ("smoothing_without_target", "(out.z + out.sum_u) / num_classes", "out.sum_u / num_classes"),
-        ("mean_over_no_row", "torch.where(count > 0, count, 1)", "count"),
-        ("ignore_index_ignored", "loss = torch.where(valid, loss, 0)\n    if extras.mining", "if extras.mining"),
-        ("mean_of_ignored_rows", "counts = weights * valid.to(loss.dtype)", "counts = weights * torch.ones_like(loss)"),
-        ("class_weight_in_the_mean", "weights * valid.to(", "1.0 * valid.to("),
-    ),
+    *LOSS_MUTANTS,
     *_in(
         "fused_margin/rules.py",
         ("mask_side", "c > tau, args[0] * c + args[1]", "c < tau, args[0] * c + args[1]"),
@@ -146,6 +39,8 @@ MUTANTS = [
         "fused_margin/heads.py",
         ("head_forgets_its_bias", "bias=self.bias,", "bias=None,"),
         ("head_starts_large", "std=0.01", "std=0.1"),
+        ("head_shares_its_callers_tensor", "moved.detach().clone() if moved is tensor else moved", "moved"),
+        ("repr_of_the_first_numbers", "{self.margin.map(lambda", "{self._margin.map(lambda"),
     ),
     *_in(
         "fused_margin/ops.py",
@@ -395,13 +290,15 @@ MUTANTS = [
     ),
     *_in(
         "fused_margin/partial_fc/head.py",
+        ("sample_anew_when_computed_again", "return self.step - recomputing()", "return self.step"),
+        ("sample_step_when_computed_again", "if self.training and not recomputing():", "if self.training:"),
         ("sample_in_eval", "sampled = self.training and self.sample_rate < 1", "sampled = self.sample_rate < 1"),
         (
             "sample_the_same_each_step",
-            "self.seed, _SAMPLE, self.step, self.layout.rank)",
+            "self.seed, _SAMPLE, self._this_step(), self.layout.rank)",
             "self.seed, _SAMPLE, self.layout.rank)",
         ),
-        ("shards_draw_apart", "torch.manual_seed(mixed(self.seed, _MARGIN, self.step))", "pass"),
+        ("shards_draw_apart", "torch.manual_seed(mixed(self.seed, _MARGIN, self._this_step()))", "pass"),
         ("shards_drawn_parameters_differ", "if name not in self.sharded_names:", "if False:"),
         ("shards_weights_by_rank", "begin = block * _INIT_ROWS", "begin = block * _INIT_ROWS + 1"),
         ("sample_state_forgotten", "self.seed, self.step = (int(value) for value in sampler)", "pass"),

@@ -57,10 +57,11 @@ BAD = {  # what is changed, the error, and what it must say: what was got, what 
     "negative scale": ({"scale": -64}, ValueError, ["scale = -64", "expected a positive finite number"]),
     "nan scale": ({"scale": math.nan}, ValueError, ["scale = nan", "expected a positive finite number"]),
     "scale of no kind": (
-        {"scale": None},
+        {"scale": [64]},
         TypeError,
-        ["scale = None", "expected a positive number, a tensor, or 'norm'"],
+        ["scale = [64]", "expected a positive number, a tensor, 'norm', or None for the margin's own"],
     ),
+    "scale rule as a class": ({"scale": fm.AdaCos}, TypeError, ["AdaCos", "pass an instance, as in AdaCos(num_cl"]),
     "scale by name": ({"scale": "auto"}, ValueError, ["scale = 'auto'", "a tensor, or 'norm'"]),
     "many scales": (
         {"scale": torch.ones(7)},

@@ -113,7 +113,7 @@ def test_stats(backend, margin):
     x, w = p.leaves().values()
     case = MARGINS[margin]
     loss, stats = margin_cross_entropy(
-        x, w, p.labels, case.make(case.params), return_stats=True, reduction="none", backend=backend
+        x, w, p.labels, case.make(case.params), scale=64.0, return_stats=True, reduction="none", backend=backend
     )
     found = oracle.cosines(x, w, p.labels)
     valid = p.labels != -100
@@ -238,7 +238,7 @@ def test_no_gradient_no_work(backend):
     x, w, labels = inputs()
     with torch.no_grad(), Calls() as calls:
         loss = margin_cross_entropy(x, w, labels, fm.NormFace(), backend=backend)
-        sv = margin_cross_entropy(x, w, labels, fm.SVSoftmax(1.2), backend=backend)
+        sv = margin_cross_entropy(x, w, labels, fm.SVSoftmax(1.2), scale=64.0, backend=backend)
     by_torch = ["sweep", "target_cosine", "sweep"]
     assert calls.names == (["sweep_loss"] * 2 if backend == "cpu" else by_torch)
     assert not loss.requires_grad
@@ -308,7 +308,7 @@ def test_own_margin(backend, name):
     )
     sv = fm.SVSoftmax(1.1, own)
     assert_same(
-        margin_cross_entropy(x, w, labels, sv, reduction="none", backend=backend),
+        margin_cross_entropy(x, w, labels, sv, scale=64.0, reduction="none", backend=backend),
         expected_rows(x, w, labels, oracle.Head(plain, 1.1)),
         (x, w),
     )

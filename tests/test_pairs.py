@@ -39,6 +39,44 @@ def test_center_loss():
     assert torch.equal(rows.centers, kept)
 
 
+BAD_LABELS = {
+    "too large": (torch.tensor([0, 4, 1]), RuntimeError, r"labels\[1\] = 4 is outside \[0, 4\)"),
+    "negative": (torch.tensor([0, 1, -1]), RuntimeError, r"labels\[2\] = -1 is outside .* not ignore_index = -100"),
+    "floats": (torch.tensor([0.0, 1.0, 2.0]), TypeError, r"labels are torch\.float32; expected integers"),
+    "bool": (torch.tensor([True, False, True]), TypeError, r"labels are torch\.bool; expected integers"),
+    "few": (torch.tensor([0, 1]), ValueError, r"labels have shape \[2\]; expected \[3\]"),
+    "column": (torch.tensor([[0], [1], [2]]), ValueError, r"use labels\.squeeze\(1\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LABELS)
+def test_center_loss_refuses_labels(name):
+    labels, error, message = BAD_LABELS[name]
+    loss = fm.CenterLoss(5, 4)
+    with pytest.raises(error, match=message):
+        loss(torch.zeros(3, 5), labels)
+    assert not loss.centers.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32, torch.int16])
+@pytest.mark.parametrize("floats", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_center_loss_of_other_dtypes(dtype, floats):
+    """16-bit features meet float32 centres, which move in float32; gradients have the features' dtype."""
+    x, labels = batch()
+    labels[5] = 255 if dtype == torch.uint8 else -100
+    given = x.detach().to(floats).requires_grad_()
+    one, two = (fm.CenterLoss(5, 4, ignore_index=int(labels[5])) for _ in range(2))
+    for loss in (one, two):
+        loss.centers.copy_(torch.linspace(-1, 1, 20).reshape(4, 5))
+    got, expected = one(given, labels.to(dtype)), two(given.detach().float().requires_grad_(), labels)
+    assert got.dtype == one.centers.dtype == torch.float32
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(one.centers, two.centers)
+    (grad,) = torch.autograd.grad(got, given)
+    assert grad.dtype == floats
+    assert one(given.detach(), labels.to(dtype)).item() < got.item(), "the centres have come nearer"
+
+
 def test_center_loss_with_a_head():
     """softmax + lambda / 2 * centre: embeddings of a class draw together."""
     torch.manual_seed(0)
@@ -97,6 +135,8 @@ def test_errors(monkeypatch):
         fm.CenterLoss(5, 4)(torch.zeros(3, 6), torch.zeros(3).long())
     for make, message in (
         (lambda: fm.CenterLoss(5, 4, alpha=2), "alpha = 2"),
+        (lambda: fm.CenterLoss(5.0, 4), "embedding_size = 5.0; expected an integer"),
+        (lambda: fm.CenterLoss(5, 0), "num_classes = 0; expected an integer, at least 1"),
         (lambda: fm.pairs.triplet(0), "margin = 0"),
         (lambda: fm.pairs.triplet(0.2, "soft"), "mining = 'soft'; expected one of 'semihard'"),
         (lambda: fm.pairs.contrastive(5), "margin = 5"),

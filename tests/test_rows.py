@@ -109,8 +109,74 @@ def test_all_together(inputs, backend):
     )  # fmt: skip
     valid = labels >= 0
     rows = F.cross_entropy(logits(x, w, labels), labels, reduction="none", label_smoothing=0.1)
+    p = torch.exp(-F.cross_entropy(logits(x, w, labels), labels, reduction="none"))  # not of the smoothed one
     weights = sample * classes[labels.clamp_min(0)]
-    compare(got, ((1 - torch.exp(-rows)) ** 2 * rows * weights)[valid].sum() / weights[valid].sum(), (x, w))
+    compare(got, ((1 - p) ** 2 * rows * weights)[valid].sum() / weights[valid].sum(), (x, w))
+
+
+PENALISED = {  # with what is added to the cross-entropy of a row
+    "magface": (
+        lambda: fm.MagFace(0.8, 1.2, 0.3, 0.6, 2.0, "raw"),
+        lambda x, c, p: torch.cos(torch.acos(c) + 0.3 + 0.3 * (x.norm(dim=1).clamp(0.8, 1.2) - 0.8) / 0.4),
+        lambda x, p: 2.0 * (x.norm(dim=1).clamp(0.8, 1.2) / 1.2**2 + 1 / x.norm(dim=1).clamp(0.8, 1.2)),
+    ),
+    "adam": (lambda: fm.AdaMSoftmax(C, weight=3.0), lambda x, c, p: c - p, lambda x, p: 3 * (1 - p.mean())),
+}
+
+
+@pytest.mark.parametrize("mining", [fm.Focal(2), fm.Focal(2, gradient="detached"), fm.HardRows(0.5)])
+@pytest.mark.parametrize("name", PENALISED)
+def test_mining_looks_at_the_softmax_alone(inputs, backend, name, mining):
+    """The factor comes from the row's p; what the margin adds comes after, and is not weighted by it."""
+    x, w, labels = inputs
+    make, target, added = PENALISED[name]
+    margin = make()
+    if isinstance(margin, torch.nn.Module):
+        margin.double()
+        margin.m.data.fill_(0.3)
+    got = margin_cross_entropy(x, w, labels, margin, scale=16.0, mining=mining, backend=backend)
+    found, valid = oracle.cosines(x, w, labels.clamp_min(0)), labels >= 0
+    m = torch.full((C,), 0.3, dtype=torch.float64)
+    t = target(x, found.c_y, 0.3)
+    ce = F.cross_entropy(16 * torch.where(found.rival, found.c, t[:, None]), labels.clamp_min(0), reduction="none")
+    penalty = added(x, m if name == "adam" else None).expand(B)
+    if isinstance(mining, fm.HardRows):
+        kept = torch.where(valid, ce, -1.0).topk(11).indices
+        expected = (ce + penalty)[kept].mean()
+    else:
+        factor = (1 - torch.exp(-ce)) ** 2
+        expected = ((factor.detach() if mining.gradient == "detached" else factor) * ce + penalty)[valid].mean()
+    compare(got, expected, (x, w))
+
+
+def test_focal_of_a_weighted_cross_entropy(inputs):
+    """SphereFace-R multiplies its loss with weight / s; p is that of the softmax."""
+    x, w, labels = inputs
+    margin = fm.SphereFaceR(1.0, 1, weight=40.0)
+    got = margin_cross_entropy(x, w, labels, margin, scale=16.0, mining=fm.Focal(2))
+    rows = F.cross_entropy(logits(x, w, labels, m=0.0), labels, reduction="none")[labels >= 0]
+    compare(got, ((1 - torch.exp(-rows)) ** 2 * 40 / 16 * rows).mean(), (x, w))
+
+
+@pytest.mark.parametrize("mining", [None, fm.Focal(2), fm.HardRows(0.7)], ids=["none", "focal", "hard"])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("margin", [fm.CosFace(0.2), fm.MagFace(0.5, 1.5)], ids=["cosface", "magface"])
+def test_nan_weights_of_ignored_rows_take_no_part(inputs, backend, margin, reduction, mining):
+    x, w, labels = inputs
+    results = []
+    for value in (math.nan, math.inf, 0.7):
+        sample = torch.linspace(0.5, 1, B, dtype=torch.float64).index_fill(0, torch.tensor([3, 9]), value)
+        sample.requires_grad_()
+        classes = torch.ones(C, dtype=torch.float64).index_fill(0, torch.tensor(0), value if 0 not in labels else 1.0)
+        loss = margin_cross_entropy(
+            x, w, labels, margin, scale=16.0, sample_weight=sample, class_weight=classes, mining=mining,
+            reduction=reduction, backend=backend,
+        )  # fmt: skip
+        results.append([loss, *torch.autograd.grad(loss.sum(), (x, w, sample))])
+    for bad in results[:2]:
+        for got, expected in zip(bad, results[2], strict=True):
+            assert got.isfinite().all()
+            torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("mining", [None, fm.Focal(1), fm.HardRows(0.5)], ids=["none", "focal", "hard"])
@@ -160,7 +226,7 @@ BAD = {
     "focal without softmax": (
         lambda x, w, y: margin_cross_entropy(x, w, y, fm.UniFace(C), mining=fm.Focal()),
         ValueError,
-        r"fm.Focal takes p = exp\(-loss\) of a softmax",
+        "fm.Focal takes p of a softmax, and this loss has none",
     ),
     "mining": (
         lambda x, w, y: margin_cross_entropy(x, w, y, fm.ArcFace(), mining=2.0),

@@ -4,6 +4,7 @@
     angular.py   functions of the angle            bounds.py          cosines stop counting at a bound
     adaptive.py  margins that depend on the data   uncoupled.py       no softmax between the classes
     base.py      what they are made of             reference_only.py  rules that no kernel has
+    checks.py    of hyper-parameters               parameters.py      a value for all, a class or a sample
 
 Every formula stands here once; slopes come from autograd, so a margin of your own is one function of cos_y.
 """
@@ -11,22 +12,11 @@ Every formula stands here once; slopes come from autograd, so a margin of your o
 from ..angles import SINE_FLOOR, safe_angle, safe_sine
 from .adaptive import AdaFace, AdaMSoftmax, ElasticFace, KappaFace, MagFace, margins_by_count
 from .angular import TAILS, Annealed, ArcFace, CombinedMargin, LSoftmax, SphereFace, X2Softmax
-from .base import (
-    GRADIENTS,
-    CustomMargin,
-    Margin,
-    Outcome,
-    PerClass,
-    PerSample,
-    RowParameter,
-    RowStats,
-    StatefulMargin,
-    Wrapper,
-    as_margin,
-    gather_rows,
-)
+from .base import CustomMargin, Margin, Outcome, RowStats, StatefulMargin, Wrapper, as_margin
 from .bounds import CircleLoss, EqM, InterclassFilter
+from .checks import GRADIENTS
 from .mining import ArcNegFace, CurricularFace, MVSoftmax, NPCFace, SVSoftmax
+from .parameters import PerClass, PerSample, RowParameter, gather_rows
 from .reference_only import GASoftmax, LiArcFace, P2SGrad, QAMFace, SFace, SphereFaceR
 from .softmax import CosFace, NormFace
 from .uncoupled import SphereFace2, UniFace

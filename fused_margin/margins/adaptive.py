@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..angles import safe_angle
 from ..rules import Rule
 from .angular import TAILS, ArcFace, largest
-from .base import GRADIENTS, Margin, PerClass, PerSample, RowStats, StatefulMargin, choice, class_counts, count, number
+from .base import Margin, RowStats, StatefulMargin
+from .checks import GRADIENTS, choice, class_counts, count, number
+from .parameters import PerClass, PerSample
 from .softmax import CosFace
 
 
@@ -131,9 +133,10 @@ class ElasticFace(StatefulMargin):
     """A margin drawn anew for each row and step; in eval mode its mean.
 
     Equivalent to: `ArcFace(fm.PerSample(m + sigma * torch.randn(B)))` (kind "arc"), or `CosFace` of that ("cos").
-    Args: m (0.5; for "cos" 0.35), a float or a 0-dim tensor; sigma >= 0 (0.05). plus: rows whose target is nearer get
-        the smaller of the margins drawn (ElasticFace+, sigma 0.0175 and 0.02), as the paper says; its code puts the
-        sorted margins in the order of the sorting, not of the ranks. tail: of ArcFace ("raw", as its code).
+    Args: m (0.5; for "cos" 0.35), a float or a 0-dim tensor; sigma in [0, 1] (0.05; with plus 0.0175 for "arc", 0.02
+        for "cos"). plus: ElasticFace+, of the margins drawn the row that is nearest to its class gets the smallest, the
+        farthest the largest, as the paper says; its code puts the sorted margins in the order of the sorting, not of
+        the ranks. tail: of ArcFace ("raw", as its code).
     Source: Boutros et al. 2022, ElasticFace (arXiv 2109.09416); s = 64. Draws come from torch's generator of
     the device: `torch.manual_seed` repeats them.
     """
@@ -143,7 +146,7 @@ class ElasticFace(StatefulMargin):
     def __init__(
         self,
         m: float | Tensor | None = None,
-        sigma: float = 0.05,
+        sigma: float | None = None,
         kind: str = "arc",
         plus: bool = False,
         tail: str = "raw",
@@ -153,7 +156,9 @@ class ElasticFace(StatefulMargin):
         super().__init__(gradient)
         choice("kind", kind, ("arc", "cos"))
         choice("tail", tail, TAILS)
-        self.hold("m", {"arc": 0.5, "cos": 0.35}[kind] if m is None else m, 0, math.pi)
+        self.hold("m", {"arc": 0.5, "cos": 0.35}[kind] if m is None else m, 0, largest(tail)[0])
+        if sigma is None:
+            sigma = {"arc": 0.0175, "cos": 0.02}[kind] if plus else 0.05
         number("sigma", sigma, 0, 1)
         self.sigma, self.kind, self.plus, self.tail = sigma, kind, plus, tail
         self.needs = ("cos_y",) if plus else ()
@@ -163,8 +168,10 @@ class ElasticFace(StatefulMargin):
         if self.training:
             m = m + self.sigma * torch.randn_like(m)
         if self.plus and self.training:
-            rank = rows.cos_y.argsort(descending=True).argsort()  # 0: the nearest to its class
-            m = m.sort().values[rank]
+            near = torch.where(rows.valid, rows.cos_y, -torch.inf)
+            rank = near.argsort(descending=True).argsort()  # 0: the nearest to its class; ignored rows come last
+            m = torch.where(rows.valid, m, torch.inf).sort().values[rank]
+            m = torch.where(rows.valid, m, self.m)
         make = {"arc": lambda m, **g: ArcFace(m, self.tail, **g), "cos": CosFace}[self.kind]
         return make(PerSample(m), gradient=self.gradient)
 
@@ -192,6 +199,8 @@ class AdaMSoftmax(StatefulMargin):
     `CosFace` or `ArcFace` an nn.Parameter.
     """
 
+    default_scale = 30.0
+
     def __init__(
         self, num_classes: int, low: float = 0.3, high: float = 0.4, weight: float = 70.0, *, gradient: str = "exact"
     ) -> None:
@@ -217,7 +226,7 @@ def margins_by_count(counts: Tensor, low: float = 0.05, high: float = 0.5, power
     Args: counts [C], samples of each class, at least 1. Use: `fm.ArcFace(fm.margins_by_count(counts))`.
     Source: Ha et al. 2020, sub-centre ArcFace with dynamic margins (arXiv 2010.05350); there s = 80, three sub-centres.
     """
-    number("low", low)
+    number("low", low, 0)
     number("high", high, low, math.inf, "rarer classes get the larger margin")
     number("power", power, 0)
     rarity = class_counts(counts).clamp_min(1) ** -power
@@ -253,10 +262,10 @@ class KappaFace(StatefulMargin):
         gradient: str = "exact",
     ) -> None:
         super().__init__(gradient)
-        number("m", m, 0, math.pi)
+        choice("tail", tail, TAILS)
+        number("m", m, 0, *largest(tail))
         number("temperature", temperature, 0)
         number("gamma", gamma, 0, 1)
-        choice("tail", tail, TAILS)
         self.m, self.temperature, self.gamma, self.tail = m, temperature, gamma, tail
         counts = class_counts(counts)
         count("embedding_size", embedding_size)

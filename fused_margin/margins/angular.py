@@ -12,20 +12,9 @@ from torch import Tensor
 
 from ..angles import safe_angle, safe_sine
 from ..spec import EPS
-from .base import (
-    GRADIENTS,
-    Margin,
-    PerClass,
-    PerSample,
-    RowParameter,
-    RowStats,
-    Wrapper,
-    choice,
-    cos_of,
-    number,
-    one_for_all,
-    sin_of,
-)
+from .base import Margin, RowStats, Wrapper, cos_of, sin_of
+from .checks import GRADIENTS, choice, parameter, scalar
+from .parameters import PerClass, PerSample, RowParameter
 
 TAILS = ("raw", "linear", "continuous", "clamp", "easy")
 _LARGEST_POLYNOMIAL = 16  # degree up to which SphereFace computes psi without an angle
@@ -49,7 +38,7 @@ class ArcFace(Margin):
 
     def __post_init__(self) -> None:
         choice("tail", self.tail, TAILS)
-        number("m", self.m, 0, *largest(self.tail))
+        parameter("m", self.m, 0, *largest(self.tail))
         choice("gradient", self.gradient, GRADIENTS)
 
     def target(self, cos_y: Tensor) -> Tensor:
@@ -90,15 +79,16 @@ class SphereFace(Margin):
     float) is computed as a polynomial in c, without acos; any other m, and a tensor, from the angle.
     Args: m >= 1 (default 1.7): a float, [C] per class or [B] per sample, with gradient if asked.
     Source: Liu et al. 2017, SphereFace (arXiv 1704.08063) eq. 7; real m as in SphereFace-R (arXiv 2109.05565).
-    A-Softmax proper is `SphereFace(4)` with `scale="norm"`.
+    A-Softmax proper is `SphereFace(4)` with `scale="norm"`; else s = 30, as OpenSphere has it.
     """
 
     m: RowParameter = 1.7
     gradient: str = field(default="exact", kw_only=True)
     additive: ClassVar[bool] = False
+    default_scale: ClassVar[float] = 30.0
 
     def __post_init__(self) -> None:
-        number("m", self.m, 1)
+        parameter("m", self.m, 1)
         choice("gradient", self.gradient, GRADIENTS)
 
     def target(self, cos_y: Tensor) -> Tensor:
@@ -132,15 +122,15 @@ class CombinedMargin(Margin):
     additive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        number("m1", self.m1, 1)
-        number("m2", self.m2, 0, math.pi)
-        number("m3", self.m3)
+        parameter("m1", self.m1, 1)
+        parameter("m2", self.m2, 0, math.pi)
+        parameter("m3", self.m3)
         plain = not isinstance(self.m1, (Tensor, PerClass, PerSample)) and self.m1 == 1
         if self.tail is None:
             object.__setattr__(self, "tail", "linear" if plain else "continuous")
         choice("tail", self.tail, TAILS)
         if self.tail == "easy" and isinstance(self.m1, Real):
-            number("m2", self.m2, 0, math.pi * (1 - self.m1 / 2), "where m1 theta + m2 > pi, T rises")
+            parameter("m2", self.m2, 0, math.pi * (1 - self.m1 / 2), "where m1 theta + m2 > pi, T rises")
         if self.tail == "linear" and not plain:
             raise ValueError(f"tail='linear' is defined for m1 = 1, got m1 = {self.m1!r}; choose one of the others")
         choice("gradient", self.gradient, GRADIENTS)
@@ -176,9 +166,9 @@ class X2Softmax(Margin):
     additive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        number("a", self.a, -math.inf, 0, "T must fall with the angle")
-        number("h", self.h, -math.inf, 0, "for theta < h, T would rise with the angle")
-        number("k", self.k)
+        parameter("a", self.a, -math.inf, -1e-9, "T must fall with the angle")
+        parameter("h", self.h, -math.inf, 0, "for theta < h, T would rise with the angle")
+        parameter("k", self.k)
         choice("gradient", self.gradient, GRADIENTS)
 
     def target(self, cos_y: Tensor) -> Tensor:
@@ -199,8 +189,7 @@ class Annealed(Wrapper):
     gradient: str | None = field(default=None, kw_only=True)  # None: the base's
 
     def __post_init__(self) -> None:
-        one_for_all("lam", self.lam)
-        number("lam", self.lam, 0)
+        scalar("lam", self.lam, 0)
         self._take_base(products=True)
 
     @property
@@ -229,10 +218,11 @@ class LSoftmax(Margin):
     lengths: PerSample | None = field(default=None, init=False, repr=False)  # n
     gradient: str = field(default="exact", kw_only=True)
     products: ClassVar[bool] = True
+    default_scale: ClassVar[float] = 1.0
     needs: ClassVar[tuple[str, ...]] = ("norm", "weight_norm")
 
     def __post_init__(self) -> None:
-        number("m", self.m, 1)
+        parameter("m", self.m, 1)
         choice("gradient", self.gradient, GRADIENTS)
 
     def prepare(self, rows: RowStats, labels: Tensor) -> LSoftmax:

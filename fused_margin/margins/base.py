@@ -1,4 +1,4 @@
-"""What every margin is made of: the interface, row parameters, checks of hyper-parameters.
+"""What every margin is made of: the interface, margins with a state, and margins that change another one.
 
     z_y = s * T(cos_y)      u_j = s * N(cos_j)      loss = log(exp(z_y) + sum_j exp(u_j)) - z_y
 
@@ -19,32 +19,9 @@ from torch import Tensor, nn
 
 from ..angles import softplus
 from ..rules import IDENTITY, Rule
-
-GRADIENTS = ("exact", "detached")
-
-
-@dataclass(frozen=True, eq=False)
-class PerClass:
-    """A row parameter given for each class: `values` [C]. Needed only where batch size and class count are equal."""
-
-    values: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class PerSample:
-    """A row parameter given for each row of the batch: `values` [B]; see `PerClass`."""
-
-    values: Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Whole:
-    """A tensor in a record that is not read at the rows' labels."""
-
-    values: Tensor
-
-
-RowParameter = float | Tensor | PerClass | PerSample
+from ..state import KeepsPrecision, recomputing
+from .checks import GRADIENTS, choice, scalar
+from .parameters import PerClass, PerSample, RowParameter, gather_rows
 
 
 class RowStats(NamedTuple):
@@ -69,78 +46,6 @@ class Outcome(NamedTuple):
     z: Tensor  # the target's logit, s T(cos_y) + bias_y
     red: Tensor  # log-sum-exp of the rivals' logits, or their sum of softplus
     sum_u: Tensor  # the sum of the rivals' logits, where the margin's `needs` has it
-
-
-def gather_rows(value: RowParameter, labels: Tensor, num_classes: int, dtype: torch.dtype, name: str) -> float | Tensor:
-    """A row parameter as a float, a 0-dim tensor or a [B] tensor of `dtype`; per-class values at each row's label.
-
-    Labels outside [0, num_classes) (ignored rows) read class 0; their loss is dropped later.
-    """
-    batch = labels.shape[0]
-    if isinstance(value, PerClass):
-        value, axis = value.values, "class"
-    elif isinstance(value, PerSample):
-        value, axis = value.values, "sample"
-    elif not isinstance(value, Tensor):
-        return value
-    elif value.dim() == 0:
-        return value.to(dtype)
-    elif value.shape == (batch,) and batch == num_classes:
-        raise ValueError(
-            f"{name}: a tensor of {batch} values could be per class or per sample, as both counts are {batch}; "
-            f"wrap it: fm.PerClass({name}) or fm.PerSample({name})"
-        )
-    else:
-        axis = "sample" if value.shape == (batch,) else "class"
-    expected = batch if axis == "sample" else num_classes
-    if value.shape != (expected,):
-        raise ValueError(
-            f"{name}: got a tensor of shape {list(value.shape)}; expected a float, a 0-dim tensor, "
-            f"[{num_classes}] values (one a class) or [{batch}] values (one a sample)"
-        )
-    value = value.to(dtype)  # a cosine of a 16-bit margin would be a 16-bit cosine
-    if axis == "sample":
-        return value
-    inside = (labels >= 0) & (labels < num_classes)
-    return value[torch.where(inside, labels, 0)] if num_classes else value.new_zeros(batch)
-
-
-def number(name: str, value: RowParameter, low: float = -math.inf, high: float = math.inf, why: str = "") -> None:
-    """A float parameter must be a finite number in [low, high]; tensors are values of a run, and are not read."""
-    if isinstance(value, (Tensor, PerClass, PerSample)):
-        return
-    if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {value!r}; expected a number, a tensor, fm.PerClass or fm.PerSample")
-    if not (low <= value <= high and abs(value) < math.inf):  # False for nan
-        bounds = "a finite number" + ("" if low == -math.inf and high == math.inf else f" in [{low:g}, {high:g}]")
-        raise ValueError(f"{name} = {value!r}; expected {bounds}{f': {why}' if why else ''}")
-
-
-def count(name: str, value: int, low: int = 1, why: str = "") -> None:
-    """A number of classes or dimensions."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} = {value!r}; expected an integer, at least {low}{f': {why}' if why else ''}")
-
-
-def class_counts(counts: Tensor) -> Tensor:
-    """The number of samples of each class, as floats [C]."""
-    counts = torch.as_tensor(counts).to(torch.get_default_dtype())
-    if counts.dim() != 1 or not counts.numel():
-        raise ValueError(f"counts have shape {list(counts.shape)}; expected [C], the number of samples of each class")
-    return counts
-
-
-def one_for_all(name: str, value: float | Tensor) -> None:
-    """A parameter of the rivals has one value for all classes and rows, and gets no gradient."""
-    if isinstance(value, (PerClass, PerSample)) or (isinstance(value, Tensor) and value.dim()):
-        raise TypeError(f"{name} is one number for all classes: a float or a 0-dim tensor")
-    if isinstance(value, Tensor) and value.requires_grad:
-        raise TypeError(f"{name} asks for a gradient, and the loss has none for it; expected {name}.detach()")
-
-
-def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{name} = {value!r}; expected one of {', '.join(map(repr, allowed))}")
 
 
 def cos_of(m: float | Tensor) -> float | Tensor:
@@ -169,6 +74,8 @@ class Margin:
     products: ClassVar[bool] = False  # works on raw products x . w, not on cosines
     masked: ClassVar[bool] = False  # N jumps at a threshold
     constants: ClassVar[bool] = False  # a factor of T or N depends on x or w, and is a constant in the gradient
+    default_scale: float | str = 64.0  # s where none is given; "norm": the norm of each embedding
+    norm_as_scale: bool | None = None  # True: s must be "norm"; False: it must not be; None: either
     needs: tuple[str, ...] = ()  # "cos_y", "norm", "weight_norm" of RowStats; "hard_mean" for `after`; "sum_u"
 
     def prepare(self, rows: RowStats, labels: Tensor) -> Margin:
@@ -247,6 +154,14 @@ class Margin:
 
         return self.map(replace)
 
+    def check(self, name: str, value: float) -> None:
+        """Raises what making the margin with this value would raise; `name` as `tensors()` has it."""
+        first, _, rest = name.partition(".")
+        if rest:
+            getattr(self, first).check(rest, value)
+        elif dataclasses.is_dataclass(self):
+            dataclasses.replace(self, **{first: value})
+
     def map(self, fn: Callable[[str, RowParameter], RowParameter], prefix: str = "") -> Margin:
         """A copy whose numeric parameters went through `fn(name, value)`."""
         if not dataclasses.is_dataclass(self):
@@ -267,40 +182,49 @@ class Margin:
         return copy
 
 
-class StatefulMargin(nn.Module, Margin):
+class StatefulMargin(KeepsPrecision, Margin):
     """A margin with a state or with parameters: an nn.Module whose `prepare` returns the record for one batch.
 
     Its state stands in the state_dict of the head that holds it, and changes once a forward in training mode, by the
-    rows of the whole batch; in eval mode never. Without a gradient, except where a parameter learns.
+    rows of the whole batch; in eval mode never, nor where `torch.utils.checkpoint` runs a forward again. Without a
+    gradient, except where a parameter learns. It stays float32 in a head that is made 16-bit.
     """
 
     def __init__(self, gradient: str = "exact") -> None:
         super().__init__()
         choice("gradient", gradient, GRADIENTS)
         self.gradient = gradient
+        self._bounds: dict[str, tuple[float, float]] = {}  # of what `hold` keeps
 
     def prepare(self, rows: RowStats, labels: Tensor) -> Margin:
         raise NotImplementedError(f"{type(self).__name__} must define prepare(self, rows, labels)")
 
     @torch.no_grad()
     def moved(self, name: str, value: Tensor, rate: float, rows: RowStats) -> Tensor:
-        """The state `name` for this batch: in training moved towards `value` by `rate`, unless no row is valid."""
+        """The state `name` for this batch: in training moved towards `value` by `rate`.
+
+        It stands still where no row is valid, and where `value` is not finite: a GradScaler's overflow skips the step.
+        """
         state = getattr(self, name)
         old = state.to(rows.dtype, copy=True)
-        if not self.training:
+        if not self.training or recomputing():
             return old
-        new = torch.where(rows.valid.any(), old + rate * (value.detach() - old), old)
+        new = torch.where(rows.valid.any() & value.isfinite(), old + rate * (value.detach() - old), old)
         state.copy_(new)
         return new
 
     def hold(self, name: str, value: float | Tensor, low: float, high: float) -> None:
         """Keeps a hyper-parameter: a number, or a 0-dim tensor, which becomes a buffer and may change in a training."""
-        one_for_all(name, value)
-        number(name, value, low, high)
+        scalar(name, value, low, high)
+        self._bounds[name] = (low, high)
         if isinstance(value, Tensor):
-            self.register_buffer(name, value)
+            self.register_buffer(name, value.clone())
         else:
             setattr(self, name, value)
+
+    def check(self, name: str, value: float) -> None:
+        if name in self._bounds:
+            scalar(name, value, *self._bounds[name])
 
     def same_classes(self, made_for: int, rows: RowStats) -> None:
         """Raises where the margin was made for another number of classes."""
@@ -321,25 +245,56 @@ class Wrapper(Margin):
     def needs(self) -> tuple[str, ...]:
         return self.base.needs
 
+    @property
+    def softmax(self) -> bool:
+        return self.base.softmax
+
+    @property
+    def constants(self) -> bool:
+        return self.base.constants
+
+    @property
+    def default_scale(self) -> float | str:
+        return self.base.default_scale
+
+    @property
+    def norm_as_scale(self) -> bool | None:
+        return self.base.norm_as_scale
+
     def prepare(self, rows: RowStats, labels: Tensor) -> Margin:
-        return self.replaced(base=self.base.prepare(rows, labels))
+        base = self.base.prepare(rows, labels)
+        _without_rule(base)
+        return self.replaced(base=base)
+
+    def after(self, hard_mean: Tensor) -> Margin:
+        return self.replaced(base=self.base.after(hard_mean))
 
     def target(self, cos_y: Tensor) -> Tensor:
         return self.base.target(cos_y)
 
+    def row_loss(self, out: Outcome) -> Tensor:
+        return self.base.row_loss(out)
+
     def penalty(self) -> Tensor | float:
         return self.base.penalty()
+
+    def bias(self) -> Tensor | None:
+        return self.base.bias()
 
     def _take_base(self, products: bool = False) -> None:
         """Makes the base a margin, and takes its gradient where none was given."""
         object.__setattr__(self, "base", as_margin(self.base))
         if self.base.products and not products:
             raise TypeError(f"base = {type(self.base).__name__} works on products of raw rows; expected one on cosines")
-        if self.base.masked or self.base.reduction != "logsumexp" or self.base.rule() != IDENTITY:
-            raise TypeError(f"base = {type(self.base).__name__} has a rival rule of its own; expected one without")
+        _without_rule(self.base)
         if self.gradient is None:
             object.__setattr__(self, "gradient", self.base.gradient)
         choice("gradient", self.gradient, GRADIENTS)
+
+
+def _without_rule(base: Margin) -> None:
+    if base.masked or base.reduction != "logsumexp" or base.rule() != IDENTITY:
+        raise TypeError(f"base = {type(base).__name__} has a rival rule of its own; expected one without")
 
 
 @dataclass(frozen=True, eq=False)

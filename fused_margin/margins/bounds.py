@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..rules import Rule
 from .angular import ArcFace
-from .base import GRADIENTS, Margin, Wrapper, choice, number, one_for_all
+from .base import Margin, Wrapper
+from .checks import GRADIENTS, choice, scalar
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +44,7 @@ class EqM(Margin):
     def __post_init__(self) -> None:
         for name in ("t1", "t2", "offset"):
             if getattr(self, name) is not None:
-                one_for_all(name, getattr(self, name))
-                number(name, getattr(self, name), *((-1, 1) if name != "offset" else ()))
+                scalar(name, getattr(self, name), *((-1, 1) if name != "offset" else ()))
         if not isinstance(self.t1, Tensor) and not isinstance(self.t2, Tensor) and self.t2 >= self.t1:
             raise ValueError(
                 f"t1 = {self.t1!r}, t2 = {self.t2!r}; expected t2 < t1: t1 is the bound of the targets' cosines from "
@@ -76,8 +76,7 @@ class InterclassFilter(Wrapper):
     masked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        one_for_all("above", self.above)
-        number("above", self.above, 1e-6, 1, "below 0 it would drop rivals that are far away")
+        scalar("above", self.above, 1e-6, 1, "below 0 it would drop rivals that are far away")
         self._take_base()
 
     def rule(self) -> Rule:
@@ -90,18 +89,18 @@ class CircleLoss(Margin):
 
     Equivalent to: `T = relu(1 + m - c) (c - (1 - m))`, `N = relu(c + m) (c - m)`, both weights constants in
     the gradient.
-    Args: m in [0, 1) (default 0.25), a float or a 0-dim tensor. The scale is the paper's gamma, 256 there.
+    Args: m in [0, 1] (default 0.25), a float or a 0-dim tensor. The scale is the paper's gamma, 256 there.
     Source: Sun et al. 2020, Circle loss (arXiv 2002.10857), with class-level labels.
     """
 
     m: float | Tensor = 0.25
     gradient: str = field(default="exact", kw_only=True)
+    default_scale: ClassVar[float] = 256.0
     additive: ClassVar[bool] = False
     constants: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        one_for_all("m", self.m)
-        number("m", self.m, 0, 1)
+        scalar("m", self.m, 0, 1)
         choice("gradient", self.gradient, GRADIENTS)
 
     def target(self, cos_y: Tensor) -> Tensor:

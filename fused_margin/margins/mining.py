@@ -13,19 +13,9 @@ from torch import Tensor
 from ..angles import safe_sine
 from ..rules import Rule
 from .angular import ArcFace, largest
-from .base import (
-    GRADIENTS,
-    Margin,
-    RowParameter,
-    RowStats,
-    StatefulMargin,
-    Wrapper,
-    choice,
-    cos_of,
-    number,
-    one_for_all,
-    sin_of,
-)
+from .base import Margin, RowStats, StatefulMargin, Wrapper, cos_of, sin_of
+from .checks import GRADIENTS, choice, number, parameter, scalar, without_gradient
+from .parameters import RowParameter
 from .softmax import NormFace
 
 
@@ -41,7 +31,8 @@ class SVSoftmax(Wrapper):
     Equivalent to: `T = base's T` and `N = t c + t - 1 where c > T(cos_y), else c`. Without a base it is SV-Softmax;
     with one, SV-X-Softmax. The mask carries no gradient; t = 1 masks nothing.
     Args: t >= 1 (default 1.2; the paper finds that t > 1.4 may not converge): a float or a 0-dim tensor. base: any
-        margin without a rival rule, also one with a state.
+        margin without a rival rule, also one with a state or with a margin for each sample: T(cos_y), and so the mask,
+        is that of the row. AdaFace clips its rivals, which is a rule, and is refused.
     Source: Wang et al. 2018, Support Vector Guided Softmax Loss (arXiv 1812.11317) eqs. 5-7, 12, 13; s = 30 there.
     """
 
@@ -52,9 +43,12 @@ class SVSoftmax(Wrapper):
     masked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        one_for_all("t", self.t)
-        number("t", self.t, 1)
+        scalar("t", self.t, 1)
         self._take_base()
+
+    @property
+    def default_scale(self) -> float | str:
+        return "norm" if self.base.norm_as_scale else 30.0
 
     def rule(self) -> Rule:
         return Rule("hard", (self.t, self.t - 1))
@@ -80,16 +74,16 @@ class MVSoftmax(Margin):
     mode: str = "adaptive"
     easy: str | None = "zero"
     gradient: str = field(default="exact", kw_only=True)
+    default_scale: ClassVar[float] = 32.0
     additive: ClassVar[bool] = False
     masked: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        one_for_all("t", self.t)
-        number("t", self.t, 0)
+        scalar("t", self.t, 0)
         choice("kind", self.kind, ("am", "arc"))
         choice("mode", self.mode, ("adaptive", "fixed"))
         choice("easy", self.easy, ("zero", "margin", None))
-        number("m", self.m, 0, *largest("easy" if self.easy and self.kind == "arc" else None))
+        parameter("m", self.m, 0, *largest("easy" if self.easy and self.kind == "arc" else None))
         choice("gradient", self.gradient, GRADIENTS)
 
     def threshold(self, cos_y: Tensor) -> Tensor:
@@ -177,13 +171,14 @@ class NPCFace(Margin):
     needs: ClassVar[tuple[str, ...]] = ("hard_mean",)
 
     def __post_init__(self) -> None:
-        number("m", self.m, 0, math.pi)
-        number("m0", self.m0, 0, *largest("easy"))
+        parameter("m", self.m, 0, math.pi)
+        without_gradient("m", self.m)  # it sets the mask only
+        parameter("m0", self.m0, 0, *largest("easy"))
         end, why = largest("easy")
-        number("m1", self.m1, 0, end - self.m0 if isinstance(self.m0, Real) else end, f"m0 + m1 is a margin, and {why}")
+        left = end - self.m0 if isinstance(self.m0, Real) else end
+        parameter("m1", self.m1, 0, left, f"m0 + m1 is a margin, and {why}")
         for name, low in (("t", 1), ("a", 0)):
-            one_for_all(name, getattr(self, name))
-            number(name, getattr(self, name), low)
+            scalar(name, getattr(self, name), low)
         choice("gradient", self.gradient, GRADIENTS)
 
     def threshold(self, cos_y: Tensor) -> Tensor:
@@ -218,10 +213,9 @@ class ArcNegFace(Margin):
     constants: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        number("m", self.m, 0, math.pi)
+        parameter("m", self.m, 0, math.pi)
         for name in ("alpha", "sigma"):
-            one_for_all(name, getattr(self, name))
-            number(name, getattr(self, name), 1e-6, 1e6)
+            scalar(name, getattr(self, name), 1e-6, 1e6)
         choice("gradient", self.gradient, GRADIENTS)
 
     def target(self, cos_y: Tensor) -> Tensor:

@@ -16,7 +16,9 @@ from torch import Tensor
 from ..angles import safe_angle
 from ..rules import IDENTITY, Rule
 from .angular import SphereFace, clamped_multiple
-from .base import GRADIENTS, Margin, Outcome, PerSample, RowParameter, RowStats, choice, number, one_for_all
+from .base import Margin, Outcome, RowStats
+from .checks import GRADIENTS, choice, number, parameter, scalar
+from .parameters import PerSample, RowParameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,8 +29,8 @@ class GASoftmax(Margin):
     linear: `1 - 2 theta / pi` | cosine: `cos` continued to fall (psi of `SphereFace`, so that N = c) |
     sigmoid: `A (1 - e) / (1 + e)`, `e = exp(theta / k - h)`, `A = (1 + exp(-h)) / (1 - exp(-h))`, `h = pi / (2 k)`.
     Args: m >= 1 (1.5), k > 0 for sigmoid (0.5). Linear and sigmoid have no kernel.
-    Source: Liu et al. 2017, Deep Hyperspherical Learning (arXiv 1711.03189); scale="norm" there. Its public code
-    leaves the factor m out of the gradient.
+    Source: Liu et al. 2017, Deep Hyperspherical Learning (arXiv 1711.03189); scale="norm" there, 30 in OpenSphere,
+    whose code leaves the factor m out of the gradient.
     """
 
     kind: str = "linear"
@@ -36,12 +38,12 @@ class GASoftmax(Margin):
     k: float | Tensor = 0.5
     gradient: str = field(default="exact", kw_only=True)
     additive: ClassVar[bool] = False
+    default_scale: ClassVar[float] = 30.0
 
     def __post_init__(self) -> None:
         choice("kind", self.kind, ("linear", "cosine", "sigmoid"))
-        number("m", self.m, 1, math.inf, "for m < 1 the target would be favoured")
-        one_for_all("k", self.k)
-        number("k", self.k, 1e-3, 1e3)
+        parameter("m", self.m, 1, math.inf, "for m < 1 the target would be favoured")
+        scalar("k", self.k, 1e-3, 1e3)
         choice("gradient", self.gradient, GRADIENTS)
 
     def target(self, cos_y: Tensor) -> Tensor:
@@ -74,7 +76,7 @@ class LiArcFace(Margin):
     additive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        number("m", self.m, 0, math.pi)
+        parameter("m", self.m, 0, math.pi)
         choice("rivals", self.rivals, ("angle", "cosine"))
         choice("gradient", self.gradient, GRADIENTS)
 
@@ -97,9 +99,10 @@ class QAMFace(Margin):
     m: RowParameter = 0.5
     gradient: str = field(default="exact", kw_only=True)
     additive: ClassVar[bool] = False
+    default_scale: ClassVar[float] = 6.0
 
     def __post_init__(self) -> None:
-        number("m", self.m, 0, math.pi)
+        parameter("m", self.m, 0, math.pi)
         choice("gradient", self.gradient, GRADIENTS)
 
     def target(self, cos_y: Tensor) -> Tensor:
@@ -115,9 +118,9 @@ class SphereFaceR(Margin):
 
     Equivalent to: version 0: `T = psi(m theta)` | 1: `T = cos(min(m theta, pi))`, both with N = c |
     2: `T = c`, `N = cos(theta / m)` (no kernel).
-    norm "hard": `loss = weight / s CE` with a fixed s | "none": CE with `scale="norm"`, which the head must be given |
-    "soft": the same and `pull | |x| - length |`.
-    Args: m >= 1 (1.4), weight > 0 of "hard" (1: plain CE; OpenSphere has 50), pull >= 0 (0.01), length (30).
+    norm "hard": `loss = weight / s CE` with a fixed s (30), or plain CE without a weight | "none": CE with s = |x|,
+    which is `scale="norm"` | "soft": the same and `pull | |x| - length |`.
+    Args: m >= 1 (1.4), weight > 0 of "hard" (None; OpenSphere has 50), pull >= 0 (0.01), length (30).
     Source: Liu et al. 2022, SphereFace Revived (arXiv 2109.05565), OpenSphere, which takes gradient="detached".
     """
 
@@ -132,14 +135,16 @@ class SphereFaceR(Margin):
     additive: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        number("m", self.m, 1)
+        parameter("m", self.m, 1)
         if self.version not in (0, 1, 2):
             raise ValueError(f"version = {self.version!r}; expected 0, 1 or 2")
         if self.version == 2:
-            one_for_all("m", self.m)
+            scalar("m", self.m, 1)
         choice("norm", self.norm, ("hard", "none", "soft"))
         if self.weight is not None:
             number("weight", self.weight, 1e-9)
+            if self.norm != "hard":
+                raise ValueError(f"weight = {self.weight!r} with norm={self.norm!r}; it belongs to norm='hard' only")
         number("pull", self.pull, 0)
         number("length", self.length, 1e-9)
         choice("gradient", self.gradient, GRADIENTS)
@@ -147,6 +152,14 @@ class SphereFaceR(Margin):
     @property
     def needs(self) -> tuple[str, ...]:
         return ("norm",) if self.norm == "soft" else ()
+
+    @property
+    def default_scale(self) -> float | str:
+        return "norm" if self.norm_as_scale else 30.0
+
+    @property
+    def norm_as_scale(self) -> bool:
+        return self.norm != "hard"
 
     def prepare(self, rows: RowStats, labels: Tensor) -> SphereFaceR:
         return self if rows.norm is None else self.replaced(norms=PerSample(rows.norm))
@@ -188,8 +201,7 @@ class SFace(Margin):
 
     def __post_init__(self) -> None:
         for name, low, high in (("k", 1e-6, 1e6), ("a", 0, math.pi), ("b", 0, math.pi)):
-            one_for_all(name, getattr(self, name))
-            number(name, getattr(self, name), low, high)
+            scalar(name, getattr(self, name), low, high)
         choice("gradient", self.gradient, GRADIENTS)
 
     def target(self, cos_y: Tensor) -> Tensor:
@@ -214,6 +226,7 @@ class P2SGrad(Margin):
     gradient: str = field(default="exact", kw_only=True)
     additive: ClassVar[bool] = False
     softmax: ClassVar[bool] = False
+    default_scale: ClassVar[float] = 1.0
     needs: ClassVar[tuple[str, ...]] = ("sum_u",)
 
     def __post_init__(self) -> None:

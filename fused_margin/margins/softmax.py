@@ -6,7 +6,9 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from .base import GRADIENTS, Margin, RowParameter, choice, number
+from .base import Margin
+from .checks import GRADIENTS, choice, parameter
+from .parameters import RowParameter
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +35,7 @@ class CosFace(Margin):
 
     Equivalent to: `T = c - m`
     Args: m in cosine units (default 0.35): a float, [C] per class or [B] per sample, with gradient if it asks for one.
+        m < 0 is allowed and favours the target, which few-shot learning does (arXiv 2003.12060).
     Source: Wang et al. 2018, CosFace (arXiv 1801.09414) eq. 4; Wang et al. 2018, AM-Softmax (arXiv 1801.05599).
     """
 
@@ -40,7 +43,7 @@ class CosFace(Margin):
     gradient: str = field(default="exact", kw_only=True)
 
     def __post_init__(self) -> None:
-        number("m", self.m)
+        parameter("m", self.m)
         choice("gradient", self.gradient, GRADIENTS)
 
     def target(self, cos_y: Tensor) -> Tensor:

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from ..angles import softplus
 from ..rules import IDENTITY, Rule
 from .angular import ArcFace, clamped_multiple
-from .base import Margin, Outcome, RowStats, StatefulMargin, Whole, choice, count, number
+from .base import Margin, Outcome, RowStats, StatefulMargin
+from .checks import choice, count, number
+from .parameters import Whole
 
 
 def _power(c: Tensor, t: float) -> Tensor:
@@ -63,8 +65,9 @@ class SphereFace2(StatefulMargin):
     `loss = weight / s (balance softplus(-z_y) + (1 - balance) sum_j softplus(u_j))` with, for kind
     "C": `z_y = s (g(c_y) - m) + b`, `u_j = s (g(c_j) + m) + b`; "A": `z_y = s g(cos(min(theta_y + m, pi))) + b`;
     "M": `z_y = s g(cos(min(m theta_y, pi))) + b`; in both `u_j = s g(c_j) + b`.
-    Args: num_classes and scale, for the value that b starts with; m (C: 0.4, A: 0.5, M: 1.7), t >= 1 (3), balance in
-        (0, 1) (0.7), weight > 0 (50; its config: 10). scale (40): give the head the same.
+    Args: num_classes and scale, for the value that b starts with: that at which, with all cosines 0, the target pulls
+        as hard as all rivals together push, margins included. m (C: 0.4, A: 0.5, M: 1.7), t >= 1 (3), balance in
+        (0, 1) (0.7), weight > 0 (50; its config: 10). scale (40): a head that is given none takes this one.
     Source: Wen et al. 2022, SphereFace2 (arXiv 2108.01513) and OpenSphere, which takes gradient="detached".
     """
 
@@ -95,13 +98,15 @@ class SphereFace2(StatefulMargin):
         count("num_classes", num_classes)
         self.num_classes = num_classes
         self.kind, self.m, self.t, self.balance, self.weight = kind, m, t, balance, weight
-        self.b = nn.Parameter(torch.tensor(self._start(num_classes, scale, m if kind == "C" else 0.0)))
+        self.default_scale = float(scale)
+        self.b = nn.Parameter(torch.tensor(self._start(num_classes, scale)))
 
-    def _start(self, num_classes: int, scale: float, m: float) -> float:
+    def _start(self, num_classes: int, scale: float) -> float:
         """The bias for which, at cosines of 0, the target pulls as hard as all rivals together."""
         ratio = self.balance / ((1 - self.balance) * max(num_classes - 1, 1))
-        own = scale * (2 * 0.5**self.t - 1 - m)
-        rival = scale * (2 * 0.5**self.t - 1 + m)
+        start = _Sphere2(self.kind, self.m, self.t, self.balance, self.weight, Whole(torch.zeros((), device="cpu")))
+        own = scale * float(start.target(torch.zeros((), dtype=torch.float64, device="cpu")))
+        rival = scale * (2 * 0.5**self.t - 1 + (self.m if self.kind == "C" else 0.0))
         product = 4 * ratio * math.exp(own - rival)
         root = math.sqrt((1 - ratio) ** 2 + product)
         rest = 1 - ratio + root if ratio <= 1 else product / (ratio - 1 + root)  # equal; free of cancellation

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..deferred import local
-from ..margins.base import number
+from ..margins.checks import number
 from ..update_rules import State, Update
 
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

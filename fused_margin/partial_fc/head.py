@@ -10,12 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from .. import functional
+from .. import functional, inputs
 from ..heads import MarginHead
 from ..margins import Margin, PerSample, RowParameter
-from ..margins.base import choice, number
+from ..margins.checks import choice, number
 from ..rows import Mining
 from ..scales import ScaleRule
+from ..state import recomputing
 from .batch import Batch, gather_batch
 from .describe import described
 from .layout import Layout, LocalRows, check_agreement, local_part, sharded
@@ -62,7 +63,7 @@ class PartialFC(MarginHead):
         embedding_size: int,
         num_classes: int,
         margin: Margin | Callable[[Tensor], Tensor] | None = None,
-        scale: RowParameter | str | ScaleRule = 64.0,
+        scale: RowParameter | str | ScaleRule | None = None,
         sample_rate: float = 1.0,
         *,
         sampling: str = "stratified",
@@ -230,7 +231,7 @@ class PartialFC(MarginHead):
             shard=shard,
             **self.options,
         )
-        if self.training:
+        if self.training and not recomputing():
             self.step += 1
         loss, stats = out if return_stats else (out, None)
         if self.options["reduction"] == "none" and self.ranks.world > 1:
@@ -285,9 +286,13 @@ class PartialFC(MarginHead):
         if self.sampling == "hard":
             x = torch.where(valid[:, None], batch.x, 0)
             return hard(target, count, x, w.detach(), self.sub_centers)
-        generator = _generator(w.device, self.seed, _SAMPLE, self.step, self.layout.rank)
+        generator = _generator(w.device, self.seed, _SAMPLE, self._this_step(), self.layout.rank)
         draw = {"stratified": stratified, "uniform": uniform}[self.sampling]
         return draw(target, self.layout.count, count, generator)
+
+    def _this_step(self) -> int:
+        """The step that runs, also where activation checkpointing runs it again."""
+        return self.step - recomputing()
 
     @contextlib.contextmanager
     def _same_draws(self) -> Iterator[None]:
@@ -298,12 +303,12 @@ class PartialFC(MarginHead):
         device = self._rows("weight").device
         devices = [] if device.type == "cpu" else [device]
         with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
-            torch.manual_seed(mixed(self.seed, _MARGIN, self.step))
+            torch.manual_seed(mixed(self.seed, _MARGIN, self._this_step()))
             yield
 
     def _check_input(self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None) -> None:
         w = self._rows("weight").view(-1, self.embedding_size)
-        functional._check(embeddings, w, labels, None, self.sub_centers, _ANY_SHARD)
+        inputs.check_tensors(embeddings, w, labels, None, self.sub_centers, _ANY_SHARD)
         most = self.max_local_batch
         if most is not None and len(labels) > most:
             raise ValueError(f"this rank brings {len(labels)} rows; expected at most max_local_batch = {most}")

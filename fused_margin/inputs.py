@@ -1,0 +1,131 @@
+"""Checks of what a call or a head is given: an error says what was got, what is expected, what to do."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from .margins import Margin, PerClass, PerSample, RowParameter
+from .scales import ScaleRule
+from .shard import ALL_CLASSES, Shard
+
+FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_fit(margin: Margin, normalize_x: bool, normalize_w: bool, bias: Tensor | None, sub_centers: int) -> None:
+    """Raises where a margin has no meaning for the products, or brings what was given."""
+    name = type(margin).__name__
+    if not (normalize_x and normalize_w) and not margin.additive:
+        raise ValueError(
+            f"{name} is a margin on angles: it needs normalize_embeddings and normalize_weight; "
+            "without them, NormFace (plain softmax) and CosFace are defined"
+        )
+    if margin.products and (normalize_x or normalize_w or sub_centers > 1):
+        raise ValueError(
+            f"{name} works on products of raw rows: pass normalize_embeddings=False, normalize_weight=False, scale=1, "
+            "sub_centers=1"
+        )
+    if bias is not None and (margin.reduction != "logsumexp" or margin.bias() is not None):
+        raise ValueError(f"{name} has a bias of its own; expected bias=None")
+
+
+def check_tensors(
+    embeddings: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None,
+    sub_centers: int = 1,
+    shard: Shard = ALL_CLASSES,
+) -> None:
+    for name, t in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
+        if not isinstance(t, Tensor):
+            raise TypeError(f"{name}: got {type(t).__name__}; expected a tensor, as torch.as_tensor({name}) gives")
+    for name, t, shape in (("embeddings", embeddings, "[B, D]"), ("weight", weight, "[C, D]")):
+        if t.dtype not in FLOATS:
+            raise TypeError(
+                f"{name} are {t.dtype}; expected float32, bfloat16, float16 or float64, as in {name}.float()"
+            )
+        if t.dim() != 2:
+            raise ValueError(f"{name} have shape {list(t.shape)}; expected two dimensions, {shape}")
+    if embeddings.shape[1] != weight.shape[1]:
+        hint = "; weight seems to be [D, C]: pass weight.T" if embeddings.shape[1] == weight.shape[0] else ""
+        raise ValueError(
+            f"embeddings {list(embeddings.shape)} and weight {list(weight.shape)} differ in their last dimension; "
+            f"expected [B, D] and [C, D]{hint}"
+        )
+    if not (weight.shape[0] or shard.may_be_empty) or not weight.shape[1]:
+        raise ValueError(f"weight has shape {list(weight.shape)}; expected at least one class and one dimension")
+    if (embeddings.dtype == torch.float64) != (weight.dtype == torch.float64):
+        raise TypeError(
+            f"embeddings are {embeddings.dtype} and weight is {weight.dtype}; float64 goes with float64 only: "
+            "convert one of them"
+        )
+    check_labels(labels, embeddings.shape[0])
+    for name, t in (("weight", weight), ("labels", labels), ("bias", bias)):
+        if t is not None and t.device != embeddings.device:
+            raise ValueError(
+                f"{name} on {t.device}, embeddings on {embeddings.device}; expected one device: "
+                f"use {name}.to(embeddings.device)"
+            )
+    if isinstance(sub_centers, bool) or not isinstance(sub_centers, int) or sub_centers < 1:
+        raise ValueError(f"sub_centers = {sub_centers!r}; expected a positive integer")
+    classes, rest = divmod(weight.shape[0], sub_centers)
+    if rest:
+        raise ValueError(f"weight has {weight.shape[0]} rows, no multiple of sub_centers = {sub_centers}")
+    if bias is not None and (bias.shape != (classes,) or bias.dtype not in FLOATS):
+        raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; expected floats [{classes}], one a class")
+
+
+def check_labels(labels: Tensor, rows: int) -> None:
+    """Raises for what are no class numbers [B]; their range is the operator's to check."""
+    if labels.dim() == 2 and labels.is_floating_point():
+        raise TypeError(
+            f"labels are a matrix {list(labels.shape)} of {labels.dtype}; expected class numbers [B]. For mixup, call "
+            "the loss once for each of the two label vectors and add: lam * loss(e, a) + (1 - lam) * loss(e, b)"
+        )
+    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
+        raise TypeError(f"labels are {labels.dtype}; expected integers, as in labels.long()")
+    if labels.shape != (rows,):
+        hint = ""
+        if labels.dim() == 2:
+            hint = "; use labels.squeeze(1)" if labels.shape[1] == 1 else "; for one-hot rows use labels.argmax(1)"
+        raise ValueError(f"labels have shape {list(labels.shape)}; expected [{rows}], one a row{hint}")
+
+
+def check_scale(scale: RowParameter | str | ScaleRule | None) -> None:
+    """Raises for what can never be a scale; the values of tensors are not read."""
+    if scale is None or isinstance(scale, (Tensor, PerClass, PerSample, ScaleRule)):
+        return
+    if isinstance(scale, type) and issubclass(scale, ScaleRule):
+        raise TypeError(f"scale is the class {scale.__name__}; pass an instance, as in {scale.__name__}(num_classes)")
+    if isinstance(scale, bool) or not isinstance(scale, (Real, str)):
+        raise TypeError(
+            f"scale = {scale!r}; expected a positive number, a tensor, 'norm', or None for the margin's own"
+        )
+    if scale != "norm" and (isinstance(scale, str) or not 0 < scale < math.inf):  # torch.compile may have a symbol here
+        raise ValueError(f"scale = {scale!r}; expected a positive finite number, a tensor, or 'norm'")
+
+
+def scale_of(
+    scale: RowParameter | str | ScaleRule | None, margin: Margin, normalize_x: bool, normalize_w: bool
+) -> RowParameter | str | ScaleRule:
+    """The scale as given, or the margin's own: 1 for products that are no cosines. Raises where the two do not fit."""
+    check_scale(scale)
+    if scale is None:
+        scale = margin.default_scale if normalize_x and normalize_w else 1.0
+    name, by_norm = type(margin).__name__, isinstance(scale, str)
+    if margin.norm_as_scale is True and not by_norm:
+        raise ValueError(f"scale = {scale!r} with {name}, whose scale is the norm of x; expected scale='norm' or None")
+    if margin.norm_as_scale is False and by_norm:
+        raise ValueError(f"scale = 'norm' with {name}, whose scale is fixed; expected a number or norm='none'")
+    return scale
+
+
+def checked_target(target: Tensor, cos_y: Tensor) -> Tensor:
+    if not isinstance(target, Tensor) or target.shape != cos_y.shape:
+        got = f"a tensor of shape {list(target.shape)}" if isinstance(target, Tensor) else type(target).__name__
+        raise ValueError(f"the margin's target() gave {got}; expected a tensor [{cos_y.shape[0]}], one value a row")
+    return target

@@ -1,0 +1,69 @@
+"""Checks of hyper-parameters: what a value was, what is expected, and why.
+
+number     a plain number, fixed for the life of its record
+scalar     one value for all classes and rows: a number, or a 0-dim tensor that may change in a training
+parameter  a value for all, for each class or for each sample, with gradient where it asks for one
+"""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+
+import torch
+from torch import Tensor
+
+from .parameters import PerClass, PerSample, RowParameter
+
+GRADIENTS = ("exact", "detached")
+
+
+def number(name: str, value: float, low: float = -math.inf, high: float = math.inf, why: str = "") -> None:
+    """A finite number in [low, high]; a tensor is refused, as nothing would follow its value or its device."""
+    if isinstance(value, (Tensor, PerClass, PerSample)):
+        raise TypeError(f"{name}: got a {type(value).__name__}; expected a plain number, as in {name}=float(...)")
+    parameter(name, value, low, high, why)
+
+
+def scalar(name: str, value: float | Tensor, low: float = -math.inf, high: float = math.inf, why: str = "") -> None:
+    """A finite number in [low, high] or a 0-dim tensor without gradient, whose value is not read."""
+    if isinstance(value, (PerClass, PerSample)) or (isinstance(value, Tensor) and value.dim()):
+        raise TypeError(f"{name} is one number for all classes: a float or a 0-dim tensor")
+    without_gradient(name, value)
+    parameter(name, value, low, high, why)
+
+
+def without_gradient(name: str, value: RowParameter) -> None:
+    inner = value.values if isinstance(value, (PerClass, PerSample)) else value
+    if isinstance(inner, Tensor) and inner.requires_grad:
+        raise TypeError(f"{name} asks for a gradient, and the loss has none for it; expected {name}.detach()")
+
+
+def parameter(name: str, value: RowParameter, low: float = -math.inf, high: float = math.inf, why: str = "") -> None:
+    """A float must be a finite number in [low, high]; tensors are values of a run, and are not read."""
+    if isinstance(value, (Tensor, PerClass, PerSample)):
+        return
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name}: got {value!r}; expected a number, a tensor, fm.PerClass or fm.PerSample")
+    if not (low <= value <= high and abs(value) < math.inf):  # False for nan
+        bounds = "a finite number" + ("" if low == -math.inf and high == math.inf else f" in [{low:g}, {high:g}]")
+        raise ValueError(f"{name} = {value!r}; expected {bounds}{f': {why}' if why else ''}")
+
+
+def count(name: str, value: int, low: int = 1, why: str = "") -> None:
+    """A number of classes, dimensions or steps."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} = {value!r}; expected an integer, at least {low}{f': {why}' if why else ''}")
+
+
+def class_counts(counts: Tensor) -> Tensor:
+    """The number of samples of each class, as floats [C]."""
+    counts = torch.as_tensor(counts).to(torch.get_default_dtype())
+    if counts.dim() != 1 or not counts.numel():
+        raise ValueError(f"counts have shape {list(counts.shape)}; expected [C], the number of samples of each class")
+    return counts
+
+
+def choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} = {value!r}; expected one of {', '.join(map(repr, allowed))}")
