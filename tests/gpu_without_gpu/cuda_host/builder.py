@@ -33,10 +33,15 @@ SANITIZERS = {  # ASan and UBSan go together
 }
 
 
+def _gxx(*arguments: str) -> subprocess.CompletedProcess:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}  # see sanitized.py
+    return subprocess.run([GXX, *arguments], capture_output=True, env=environment)
+
+
 @functools.cache
 def _headers() -> bytes:
     """What any source may include, and the compiler."""
-    digest = hashlib.sha256(subprocess.run([GXX, "--version"], capture_output=True, check=True).stdout)
+    digest = hashlib.sha256(_gxx("--version").stdout)
     for folder in (HERE, CSRC):
         for path in sorted(p for p in folder.rglob("*") if p.suffix in (".h", ".cuh")):
             digest.update(f"{path.relative_to(ROOT)}\n".encode() + path.read_bytes())
@@ -57,10 +62,10 @@ def _made(target: Path, arguments: list[str]) -> Path:
         CACHE.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=CACHE)
         os.close(handle)
-        done = subprocess.run([GXX, *arguments, "-o", part], capture_output=True, text=True)
+        done = _gxx(*arguments, "-o", part)
         if done.returncode:
             os.unlink(part)
-            raise RuntimeError(f"g++ failed:\n{done.stderr}")
+            raise RuntimeError(f"g++ failed:\n{done.stderr.decode()}")
         os.replace(part, target)
     return target
 

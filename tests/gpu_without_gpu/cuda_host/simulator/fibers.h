@@ -15,7 +15,6 @@
 #endif
 #ifdef __SANITIZE_THREAD__
 #include <sanitizer/tsan_interface.h>
-#include <sys/mman.h>
 extern "C" {
 void AnnotateIgnoreReadsBegin(const char*, int);
 void AnnotateIgnoreReadsEnd(const char*, int);
@@ -69,11 +68,6 @@ struct Quiet {  // the simulator's own accesses are not the kernel's
     AnnotateIgnoreReadsEnd(__FILE__, __LINE__);
   }
 };
-inline void free_stack(char* p) { munmap(p, kStackBytes); }
-inline char* new_stack(char* old) {  // new pages for every block, else it seems to race with the one before
-  if (old) free_stack(old);
-  return static_cast<char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-}
 #else
 CUSIM_HOOK happens_after(void*) {}
 CUSIM_HOOK happens_before(void*) {}
@@ -82,8 +76,6 @@ CUSIM_HOOK note_write(void*, size_t) {}
 struct Quiet {
   Quiet() {}
 };
-inline void free_stack(char* p) { free(p); }
-inline char* new_stack(char* old) { return old ? old : static_cast<char*>(aligned_alloc(64, kStackBytes)); }
 #endif
 
 #ifndef CUSIM_UCONTEXT
@@ -113,14 +105,14 @@ cusim_switch:
 )");
 #endif
 
-// Leaves `from` for `to`; returns when somebody switches back. last: `from` will not be entered again.
-CUSIM_HOOK switch_context(Context& from, Context& to, [[maybe_unused]] bool last = false) {
+// Leaves `from` for `to`; returns when somebody switches back.
+CUSIM_HOOK switch_context(Context& from, Context& to) {
 #ifdef __SANITIZE_THREAD__
   if (!from.stack) from.tsan = __tsan_get_current_fiber();
   __tsan_switch_to_fiber(to.tsan, __tsan_switch_to_fiber_no_sync);
 #endif
 #ifdef __SANITIZE_ADDRESS__
-  __sanitizer_start_switch_fiber(last ? nullptr : &from.fake_stack, to.stack, to.stack_bytes);
+  __sanitizer_start_switch_fiber(&from.fake_stack, to.stack, to.stack_bytes);
 #endif
 #ifdef CUSIM_UCONTEXT
   swapcontext(&from.machine, &to.machine);
@@ -141,12 +133,10 @@ CUSIM_HOOK entered([[maybe_unused]] Context& scheduler) {
 #endif
 }
 
-// Makes a context that starts in `entry`, on the stack it has.
+// Gives the context a stack on which it starts in `entry`, which must not return.
 inline void prepare(Context& c, void (*entry)()) {
+  c.stack = static_cast<char*>(aligned_alloc(64, kStackBytes));
   c.stack_bytes = kStackBytes;
-#ifdef __SANITIZE_ADDRESS__
-  __asan_unpoison_memory_region(c.stack, kStackBytes);
-#endif
 #ifdef CUSIM_UCONTEXT
   getcontext(&c.machine);
   c.machine.uc_stack.ss_sp = c.stack;
@@ -162,12 +152,6 @@ inline void prepare(Context& c, void (*entry)()) {
 #endif
 #ifdef __SANITIZE_THREAD__
   c.tsan = __tsan_create_fiber(0);
-#endif
-}
-
-inline void retire([[maybe_unused]] Context& c) {
-#ifdef __SANITIZE_THREAD__
-  __tsan_destroy_fiber(c.tsan);
 #endif
 }
 

@@ -62,6 +62,9 @@ struct Fiber {
 };
 
 constexpr int kWarp = 32, kMostThreads = 1024;
+// Fibers are kept for later blocks, as ThreadSanitizer needs a millisecond to make one. To it, a fiber has seen whatever
+// happened before its last barrier in an earlier block; so neighbouring blocks never share one.
+constexpr int kPools = 4;
 constexpr size_t kMostShared = 227 * 1024, kSharedAlignment = 128, kGuard = 1024;
 constexpr unsigned char kPoison = 0xFF;  // a NaN of every format, -1
 
@@ -70,30 +73,28 @@ struct Simulator {
   std::mt19937 random;
   dim3 grid, block, index;  // index: of the running block
   std::function<void()> body;
-  std::vector<Fiber> fibers;
-  std::vector<char*> stacks;
+  struct Pool {
+    std::vector<Fiber*> fibers;                 // never freed: an error leaves some in the middle of a kernel
+    char barrier, warps[kMostThreads / kWarp];  // what a sanitizer knows the block's barrier and its warps by
+  } pools[kPools];
+  Pool* pool = nullptr;
+  std::vector<Fiber*> fibers;  // of the running block
   Fiber* current = nullptr;
   int alive = 0;
   bool any_vote = false;
   unsigned char* shared = nullptr;
   Context scheduler;
   std::exception_ptr error;
-
-  ~Simulator() {
-    for (char* p : stacks)
-      if (p) free_stack(p);
-  }
 };
 inline Simulator& sim() {
-  static Simulator s;
+  static Simulator& s = *new Simulator;  // never destroyed: ThreadSanitizer would watch that
   return s;
 }
 
 // Fibers
 
-inline void body_of_fiber() {
+inline void run_thread() {
   Simulator& s = sim();
-  entered(s.scheduler);
   happens_after(&s.body);
   try {
     s.body();
@@ -102,12 +103,18 @@ inline void body_of_fiber() {
     s.error = std::current_exception();
   }
   happens_before(&s.fibers);
-  {
-    Quiet quiet;
-    s.current->state = State::done;
-    s.alive--;
+  Quiet quiet;
+  s.current->state = State::done;
+  s.alive--;
+}
+
+inline void body_of_fiber() {
+  Simulator& s = sim();
+  entered(s.scheduler);
+  for (;;) {
+    run_thread();
+    switch_context(s.current->context, s.scheduler);
   }
-  for (;;) switch_context(s.current->context, s.scheduler, true);
 }
 
 inline void resume(Fiber& f) {
@@ -126,7 +133,7 @@ inline void wait(State state, unsigned mask, const char* what, int line) {
   f.what = what;
   f.line = line;
   f.state = state;
-  void* key = state == State::at_barrier ? static_cast<void*>(&s.alive) : &s.stacks[f.number / kWarp];
+  void* key = state == State::at_barrier ? &s.pool->barrier : &s.pool->warps[f.number / kWarp];
   happens_before(key);
   switch_context(f.context, s.scheduler);
   happens_after(key);
@@ -165,19 +172,19 @@ inline bool release_block() {
   const Fiber* first = nullptr;
   int waiting = 0;
   bool mixed = false;
-  for (const Fiber& f : s.fibers) {
-    if (f.state != State::at_barrier) continue;
-    if (!first) first = &f;
-    mixed |= f.line != first->line;
+  for (const Fiber* f : s.fibers) {
+    if (f->state != State::at_barrier) continue;
+    if (!first) first = f;
+    mixed |= f->line != first->line;
     waiting++;
   }
   if (!waiting || waiting != s.alive) return false;
   if (mixed) throw Error("cusim: threads of one block wait at different __syncthreads (barrier divergence)");
   s.any_vote = false;
-  for (Fiber& f : s.fibers)
-    if (f.state == State::at_barrier) {
-      f.state = State::ready;
-      s.any_vote |= f.vote;
+  for (Fiber* f : s.fibers)
+    if (f->state == State::at_barrier) {
+      f->state = State::ready;
+      s.any_vote |= f->vote;
     }
   return true;
 }
@@ -189,23 +196,23 @@ inline bool release_warp(Fiber& f) {  // f waits: are all lanes of its mask at t
   arrived.mask = f.mask;
   for (int k = 0; k < kWarp; k++) {
     if (!(f.mask >> k & 1)) continue;
-    if (first + k >= s.fibers.size() || s.fibers[first + k].state == State::done)
+    if (first + k >= s.fibers.size() || s.fibers[first + k]->state == State::done)
       throw Error(std::string("cusim: ") + f.what + ": mask names a lane that does not exist or has exited");
-    const Fiber& g = s.fibers[first + k];
+    const Fiber& g = *s.fibers[first + k];
     if (g.state != State::in_warp || g.mask != f.mask || g.line != f.line || g.what != f.what) return false;
     arrived.in[k] = g.in;
     arrived.out[k] = g.out;
   }
   if (f.combine) f.combine(arrived);
   for (int k = 0; k < kWarp; k++)
-    if (arrived.mask >> k & 1) s.fibers[first + k].state = State::ready;
+    if (arrived.mask >> k & 1) s.fibers[first + k]->state = State::ready;
   return true;
 }
 
 inline bool release() {
   bool any = release_block();
-  for (Fiber& f : sim().fibers)
-    if (f.state == State::in_warp) any |= release_warp(f);
+  for (Fiber* f : sim().fibers)
+    if (f->state == State::in_warp) any |= release_warp(*f);
   return any;
 }
 
@@ -214,8 +221,8 @@ inline bool run_warp(int warp) {
   bool ran = false;
   for (int k = 0; k < kWarp; k++) {
     const size_t i = warp * kWarp + (s.seed == 1 ? kWarp - 1 - k : k);
-    if (i >= s.fibers.size() || s.fibers[i].state != State::ready) continue;
-    resume(s.fibers[i]);
+    if (i >= s.fibers.size() || s.fibers[i]->state != State::ready) continue;
+    resume(*s.fibers[i]);
     ran = true;
   }
   return ran;
@@ -223,25 +230,37 @@ inline bool run_warp(int warp) {
 
 [[noreturn]] inline void report_deadlock() {
   const Simulator& s = sim();
-  const auto waits = [](const Fiber& f) { return f.state != State::done; };
-  const Fiber& f = *std::find_if(s.fibers.begin(), s.fibers.end(), waits);
+  const auto waits = [](const Fiber* f) { return f->state != State::done; };
+  const Fiber& f = **std::find_if(s.fibers.begin(), s.fibers.end(), waits);
   char text[256];
   snprintf(text, sizeof text, "cusim: deadlock: thread %d of block (%u,%u,%u) waits in %s line %d mask %08x", f.number,
            s.index.x, s.index.y, s.index.z, f.what, f.line, f.mask);
   throw Error(text);
 }
 
-inline void run_block() {
+// The fibers of a block of n threads, ready to run; block_number only chooses among the pools.
+inline void gather(int n, unsigned block_number) {
   Simulator& s = sim();
-  const int n = int(s.fibers.size()), warps = (n + kWarp - 1) / kWarp;
+  s.pool = &s.pools[block_number % kPools];
+  while (int(s.pool->fibers.size()) < n) {
+    s.pool->fibers.push_back(new Fiber);
+    prepare(s.pool->fibers.back()->context, body_of_fiber);
+  }
+  s.fibers.assign(s.pool->fibers.begin(), s.pool->fibers.begin() + n);
   for (int i = 0; i < n; i++) {
-    Fiber& f = s.fibers[i];
+    Fiber& f = *s.fibers[i];
     f.number = i;
     f.tid = dim3(i % s.block.x, i / s.block.x % s.block.y, i / (s.block.x * s.block.y));
-    f.context.stack = s.stacks[i] = new_stack(s.stacks[i]);
-    prepare(f.context, body_of_fiber);
     f.state = State::ready;
+    f.copies.clear();
+    f.groups.clear();
   }
+}
+
+inline void run_block(int n, unsigned block_number) {
+  Simulator& s = sim();
+  const int warps = (n + kWarp - 1) / kWarp;
+  gather(n, block_number);
   s.alive = n;
   std::vector<int> order(warps);
   for (int w = 0; w < warps; w++) order[w] = s.seed == 1 ? warps - 1 - w : w;
@@ -250,7 +269,6 @@ inline void run_block() {
     const bool ran = std::any_of(order.begin(), order.end(), run_warp);  // one warp, then look at the barriers
     if (!release() && !ran) report_deadlock();
   }
-  for (Fiber& f : s.fibers) retire(f.context);
 }
 
 // Dynamic shared memory of one block: poisoned, and beyond it bytes that must stay as they are. AddressSanitizer looks
@@ -302,7 +320,7 @@ inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, std::function<v
   s.grid = grid;
   s.block = block;
   s.body = std::move(body);
-  if (s.stacks.size() < n) s.stacks.resize(n, nullptr);
+  unsigned number = 0;
   happens_before(&s.body);
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
@@ -310,8 +328,12 @@ inline void run_grid(dim3 grid, dim3 block, size_t shared_bytes, std::function<v
         s.index = dim3(x, y, z);
         const SharedMemory shared(shared_bytes);
         s.shared = shared.start();
-        s.fibers = std::vector<Fiber>(n);
-        run_block();
+        try {
+          run_block(n, number++);
+        } catch (...) {  // some fibers stay where they are
+          s.pool->fibers.clear();
+          throw;
+        }
         shared.check();
       }
   happens_after(&s.fibers);

@@ -33,6 +33,11 @@ inline void land(const Copy& c) {
     memset(c.target, 0, c.bytes);
 }
 
+inline bool by_chance(bool at_seed_0_or_1) {
+  Quiet quiet;
+  return sim().seed > 1 ? sim().random() % 2 : at_seed_0_or_1;
+}
+
 CUSIM_HOOK copy_async(void* target, const void* source, int bytes, bool valid) {
   Simulator& s = sim();
   if (reinterpret_cast<uintptr_t>(target) % bytes || (valid && reinterpret_cast<uintptr_t>(source) % bytes))
@@ -40,7 +45,7 @@ CUSIM_HOOK copy_async(void* target, const void* source, int bytes, bool valid) {
   note_write(target, bytes);  // may happen from now on
   if (valid) note_read(source, bytes);
   const Copy copy{target, valid ? source : nullptr, bytes};
-  if (s.seed == 1 || (s.seed > 1 && s.random() % 2)) land(copy);
+  if (by_chance(s.seed == 1)) land(copy);
   Quiet quiet;
   s.current->copies.push_back(copy);  // landing twice changes nothing in a right kernel
 }
