@@ -68,8 +68,13 @@ constexpr int kPools = 4;
 constexpr size_t kMostShared = 227 * 1024, kSharedAlignment = 128, kGuard = 1024;
 constexpr unsigned char kPoison = 0xFF;  // a NaN of every format, -1
 
+// Takes a launch in the place of the simulator: 0 if it went well. The kernel by its address, its one argument by bytes.
+using Hook = int (*)(const void* kernel, const unsigned* grid, int threads, size_t shared_bytes, const void* argument,
+                     size_t argument_bytes);
+
 struct Simulator {
   unsigned seed = 0;
+  Hook hook = nullptr;
   std::mt19937 random;
   dim3 grid, block, index;  // index: of the running block
   std::function<void()> body;

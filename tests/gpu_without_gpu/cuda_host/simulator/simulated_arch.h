@@ -18,6 +18,15 @@ T* dynamic_shared() {
 
 template <class... P, class... A>
 cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, size_t shared_bytes, cudaStream_t, A... args) {
+  if constexpr (sizeof...(A) == 1)
+    if (cusim::sim().hook) {
+      const unsigned size[] = {grid.x, grid.y, grid.z};
+      const auto call = [&](const auto& argument) {
+        return cusim::sim().hook(reinterpret_cast<const void*>(kernel), size, threads, shared_bytes, &argument,
+                                 sizeof argument);
+      };
+      return call(args...) ? cudaErrorLaunchFailure : cudaSuccess;
+    }
   cusim::run_grid(grid, dim3(threads), shared_bytes, [=] { kernel(args...); });
   return cudaSuccess;
 }
