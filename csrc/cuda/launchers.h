@@ -101,6 +101,13 @@ struct FinishX {
   Matrix d_x;
 };
 
+// sum += part
+struct Add {
+  float* sum;
+  const float* part;
+  int64_t count;
+};
+
 cudaError_t run(const Prologue&, cudaStream_t);
 cudaError_t run(const Merge&, cudaStream_t);
 cudaError_t run(const Loss&, cudaStream_t);
@@ -109,6 +116,7 @@ cudaError_t run(const UnitWeights&, cudaStream_t);
 cudaError_t run(const FinishWeights&, cudaStream_t);
 cudaError_t run(const FinishBias&, cudaStream_t);
 cudaError_t run(const FinishX&, cudaStream_t);
+cudaError_t run(const Add&, cudaStream_t);
 cudaError_t run(const Forward&, cudaStream_t);
 cudaError_t run(const Gradient&, cudaStream_t);
 

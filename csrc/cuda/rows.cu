@@ -63,6 +63,11 @@ cudaError_t run(const FinishBias& f, cudaStream_t stream) {
   return launch(finish_bias_kernel, dim3(unsigned(div_up(f.classes, kRowThreads))), kRowThreads, 0, stream, f);
 }
 
+cudaError_t run(const Add& a, cudaStream_t stream) {
+  const dim3 blocks(unsigned(div_up(a.count, kRowThreads)));
+  return a.count ? launch(add_kernel, blocks, kRowThreads, 0, stream, a) : cudaSuccess;
+}
+
 cudaError_t run(const FinishX& f, cudaStream_t stream) { return launch_rows(finish_x_kernel, f.p.batch, stream, f); }
 
 }  // namespace gpu

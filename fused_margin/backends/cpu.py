@@ -24,16 +24,16 @@ _SPEC = (
 )
 _INPUTS = "Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor? tau, Tensor? bias, Tensor? index, Tensor rule_args"
 _library = torch.library.Library("fused_margin_cpu", "DEF")
-_library.define(f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {_SPEC}) -> Tensor")
-_library.define(f"sweep({_INPUTS}, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-_library.define(
-    f"sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args, {_SPEC}, Tensor forms, "
-    "int loss_reduction) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    f"sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, Tensor o_red, "
-    f"Tensor o_sum, {_SPEC}, int need) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+SWEEPS = {  # and in cuda.py
+    "target_cosine": f"(Tensor x, Tensor w, Tensor labels, Tensor? index, {_SPEC}) -> Tensor",
+    "sweep": f"({_INPUTS}, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "sweep_loss": f"(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args, {_SPEC}, Tensor forms, "
+    "int loss_reduction) -> (Tensor, Tensor, Tensor, Tensor)",
+    "sweep_backward": f"(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, "
+    f"Tensor o_red, Tensor o_sum, {_SPEC}, int need) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+for _name, _schema in SWEEPS.items():
+    _library.define(_name + _schema)
 _STATE = "Tensor(a!) w, Tensor(b!)? m, Tensor(c!)? v, Tensor(d!)? step, Tensor? index"
 _UPDATE = (
     "int optimizer, float lr, float weight_decay, float momentum, float dampening, bool nesterov, float beta1, "
@@ -145,11 +145,11 @@ def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple
 
 def sweep_loss(x, w, labels, scale, rule_args, spec: Spec, forms, loss_reduction) -> tuple[Tensor, ...]:
     reduction = LOSS_REDUCTIONS.index(loss_reduction)
-    return _ops.sweep_loss.default(x, w, labels, scale, rule_args, *_pack(spec), _numbers(tuple(forms)), reduction)
+    return _ops.sweep_loss.default(x, w, labels, scale, rule_args, *_pack(spec), numbers(tuple(forms)), reduction)
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(forms: tuple[float, ...]) -> Tensor:
+def numbers(forms: tuple[float, ...]) -> Tensor:
     return torch.tensor(forms, dtype=torch.float64)
 
 
