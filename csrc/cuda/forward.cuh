@@ -35,7 +35,7 @@ class RowSums {
   }
 
   __device__ __forceinline__ void operator()(int64_t tile, Accumulators& c, const float* inverse) {
-    const OwnRows rows(p_, block_, at_);  // read again for each tile: in the main loop the registers are wanted
+    const OwnRows rows(p_, block_, at_);
     Rivals rivals;
     to_rivals<Plain>(p_, tile, at_, rows, c, inverse, rivals);
     float bias[kOwnSlots] = {};
@@ -81,14 +81,15 @@ class RowSums {
   // Sums that are not weighted by A; then N(c) in the place of c.
   __device__ __forceinline__ void look(const OwnRows& rows, Accumulators& c, int r, unsigned rivals,
                                        const float (&bias)[kOwnSlots]) {
+    const float tau = rows.tau(r), scale = rows.scale(r);
 #pragma unroll
     for (int s = 0; s < kOwnSlots; s++) {
-      const float cosine = own(c, r, s), tau = rows.tau[r];
+      const float cosine = own(c, r, s);
       const bool counts = rivals >> s & 1;
       const float v = p_.rule == RuleCode::identity ? cosine : any_rival(p_.rule, cosine, tau, p_.args).value;
       own(c, r, s) = v;
       if (!counts) continue;
-      more_.best[r] = fmaxf(more_.best[r], p_.bias.data ? cosine + bias[s] / rows.scale[r] : cosine);
+      more_.best[r] = fmaxf(more_.best[r], p_.bias.data ? cosine + bias[s] / scale : cosine);
       if (cosine > tau) more_.count[r] += 1, more_.masked[r] += cosine;
       more_.sum_v[r] += v, more_.sum_bias[r] += bias[s];
     }
@@ -96,7 +97,7 @@ class RowSums {
 
   __device__ __forceinline__ void add_exponentials(const OwnRows& rows, Accumulators& v, int r, unsigned rivals,
                                                    const float (&bias)[kOwnSlots]) {
-    const float hi = rows.scale_hi[r], lo = rows.scale_lo[r];
+    const float hi = rows.scale_hi(r), lo = rows.scale_lo(r);
     float top = kNoPower;
 #pragma unroll
     for (int s = 0; s < kOwnSlots; s++)
@@ -118,10 +119,11 @@ class RowSums {
 
   __device__ __forceinline__ void add_softplus(const OwnRows& rows, Accumulators& v, int r, unsigned rivals,
                                                const float (&bias)[kOwnSlots]) {
+    const float scale = rows.scale(r);
     float sum = 0, mean = 0;
 #pragma unroll
     for (int s = 0; s < kOwnSlots; s++) {
-      const Transformed<float> l = any_softplus(rows.scale[r] * own(v, r, s) + bias[s]);
+      const Transformed<float> l = any_softplus(scale * own(v, r, s) + bias[s]);
       sum += rivals >> s & 1 ? l.value : 0.0f;
       if constexpr (!Plain) mean += rivals >> s & 1 ? l.slope * own(v, r, s) : 0.0f;
     }

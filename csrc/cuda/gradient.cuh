@@ -11,16 +11,16 @@ namespace gpu {
 
 // What G takes of a thread's rows: 2^(e - power - rest) is A, and G is (share A + more) N'.
 struct Coefficients : OwnRows {
-  float power[kOwnRows], rest[kOwnRows], share[kOwnRows], more[kOwnRows];
+  const float* numbers;
 
-  __device__ Coefficients(const Gradient& g, int64_t block, const Place& at) : OwnRows(g.p, block, at) {
-#pragma unroll
-    for (int r = 0; r < kOwnRows; r++) {
-      const float* of_row = g.coefficients + block * kRows + at.row(r);
-      power[r] = of_row[0], rest[r] = of_row[g.p.padded];
-      share[r] = of_row[2 * g.p.padded], more[r] = of_row[3 * g.p.padded];
-    }
-  }
+  __device__ Coefficients(const Gradient& g, int64_t block, const Place& at)
+      : OwnRows(g.p, block, at), numbers(g.coefficients + first) {}
+  __device__ float number(int k, int r) const { return numbers[k * p.padded + 8 * r]; }
+  __device__ float power(int r) const { return number(0, r); }
+  __device__ float rest(int r) const { return number(1, r); }
+  __device__ float share(int r) const { return number(2, r); }
+  __device__ float more(int r) const { return number(3, r); }
+  __device__ float unit(int r) const { return number(5, r); }
 };
 
 template <class T, bool Plain>
@@ -29,18 +29,20 @@ class ToGradient {
   __device__ ToGradient(const Gradient& g, int64_t block) : g_(g), p_(g.p), block_(block) {}
 
   __device__ __forceinline__ void operator()(int64_t tile, Accumulators& c, const float* inverse) {
-    const Coefficients rows(g_, block_, at_);  // read again for each tile: in the main loop the registers are wanted
+    const Coefficients rows(g_, block_, at_);
     Rivals rivals;
     to_rivals<Plain>(p_, tile, at_, rows, c, inverse, rivals);
     if constexpr (Plain) {
 #pragma unroll
-      for (int r = 0; r < kOwnRows; r++)
+      for (int r = 0; r < kOwnRows; r++) {
+        const float hi = rows.scale_hi(r), lo = rows.scale_lo(r), power = rows.power(r), rest = rows.rest(r);
+        const float share = rows.share(r), more = rows.more(r);
 #pragma unroll
         for (int s = 0; s < kOwnSlots; s++) {
-          const float e = exponent(own(c, r, s), rows.scale_hi[r], rows.scale_lo[r], 0, rows.power[r]) - rows.rest[r];
-          const bool counts = rivals[r] >> s & 1;
-          own(c, r, s) = counts ? rows.share[r] * exp2_fast(e) + rows.more[r] : 0.0f;
+          const float e = exponent(own(c, r, s), hi, lo, 0, power) - rest;
+          own(c, r, s) = rivals[r] >> s & 1 ? share * exp2_fast(e) + more : 0.0f;
         }
+      }
     } else {
       general(rows, tile, c, rivals);
     }
@@ -54,20 +56,17 @@ class ToGradient {
     load_bias(p_, tile, at_, bias);
 #pragma unroll
     for (int r = 0; r < kOwnRows; r++) {
-      const float unit = g_.bias_parts ? g_.coefficients[5 * p_.padded + block_ * kRows + at_.row(r)] : 0.0f;
+      const float hi = rows.scale_hi(r), lo = rows.scale_lo(r), tau = rows.tau(r), scale = rows.scale(r);
+      const float power = rows.power(r), rest = rows.rest(r), share = rows.share(r), more = rows.more(r);
+      const float unit = rows.unit(r);
 #pragma unroll
       for (int s = 0; s < kOwnSlots; s++) {
         Rival<float> n = {own(c, r, s), 1.0f};
-        if (p_.rule != RuleCode::identity) n = any_rival(p_.rule, n.value, rows.tau[r], p_.args);
-        float weight;
-        if (p_.reduction == Reduction::softplus) {
-          weight = any_softplus(rows.scale[r] * n.value + bias[s]).slope;
-        } else {
-          const float bias2 = bias[s] * kLog2e;
-          weight =
-              exp2_fast(exponent(n.value, rows.scale_hi[r], rows.scale_lo[r], bias2, rows.power[r]) - rows.rest[r]);
-        }
-        const float g = rivals[r] >> s & 1 ? rows.share[r] * weight + rows.more[r] : 0.0f;
+        if (p_.rule != RuleCode::identity) n = any_rival(p_.rule, n.value, tau, p_.args);
+        const float weight = p_.reduction == Reduction::softplus
+                                 ? any_softplus(scale * n.value + bias[s]).slope
+                                 : exp2_fast(exponent(n.value, hi, lo, bias[s] * kLog2e, power) - rest);
+        const float g = rivals[r] >> s & 1 ? share * weight + more : 0.0f;
         column[s] += g * unit;
         own(c, r, s) = p_.unit_slope ? g : g * n.slope;
       }

@@ -49,20 +49,18 @@ __device__ __forceinline__ void two_sum(float& total, float& low, float value) {
   total = sum;
 }
 
-// What the sweep knows of a thread's rows.
+// What the sweep knows of a thread's rows. Read where it is needed: in the main loop the registers are wanted.
 struct OwnRows {
-  float scale_hi[kOwnRows], scale_lo[kOwnRows], tau[kOwnRows], scale[kOwnRows];
-  int target[kOwnRows];
+  const Problem& p;
+  int64_t first;  // own row r is first + 8 r
 
-  __device__ OwnRows(const Problem& p, int64_t block, const Place& at) {
-#pragma unroll
-    for (int r = 0; r < kOwnRows; r++) {
-      const int64_t i = block * kRows + at.row(r);
-      scale_hi[r] = p.constants[i], scale_lo[r] = p.constants[p.padded + i];
-      tau[r] = p.constants[2 * p.padded + i], scale[r] = p.constants[3 * p.padded + i];
-      target[r] = p.target[i];
-    }
-  }
+  __device__ OwnRows(const Problem& p, int64_t block, const Place& at) : p(p), first(block * kRows + at.row(0)) {}
+  __device__ float constant(int k, int r) const { return p.constants[k * p.padded + first + 8 * r]; }
+  __device__ float scale_hi(int r) const { return constant(0, r); }
+  __device__ float scale_lo(int r) const { return constant(1, r); }
+  __device__ float tau(int r) const { return constant(2, r); }
+  __device__ float scale(int r) const { return constant(3, r); }
+  __device__ int target(int r) const { return p.target[first + 8 * r]; }
 };
 
 // Bit s of rivals[r]: own slot s is a rival of own row r. Of a class's sub-centres that is the first of their maxima.
@@ -127,9 +125,10 @@ __device__ __forceinline__ void to_rivals(const Problem& p, int64_t tile, const 
   for (int r = 0; r < kOwnRows; r++) {
     rivals[r] = valid;
     if (!Plain && p.group > 1) rivals[r] &= closest_centers(p, acc, r, valid);
+    const int target = rows.target(r);
 #pragma unroll
     for (int s = 0; s < kOwnSlots; s++) {
-      if (class_[s] == rows.target[r]) rivals[r] &= ~(1u << s);
+      if (class_[s] == target) rivals[r] &= ~(1u << s);
       const float c = own(acc, r, s);
       if (clamp) own(acc, r, s) = c < -1.0f ? -1.0f : c > 1.0f ? 1.0f : c;
     }
