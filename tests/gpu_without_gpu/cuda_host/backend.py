@@ -89,11 +89,11 @@ def _symbols() -> dict[int, str]:
 
 @functools.cache
 def module_of(name: str, arch: int) -> str:
-    """The PTX that has this kernel."""
+    """The PTX that has this kernel, without the other kernels of its file."""
     for source in KERNELS:
         text = builder.ptx(source, arch)
         if f".entry {name}(" in text:
-            return text
+            return re.sub(r"^\.visible \.entry (?!" + re.escape(name) + r"\().*?^\}$", "", text, flags=re.M | re.S)
     raise LookupError(f"no kernel {name} in {', '.join(map(str, KERNELS))}")
 
 
