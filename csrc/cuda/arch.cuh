@@ -10,9 +10,11 @@
 #include "simulated_arch.h"
 #else
 
+#include <cuda_runtime.h>
+
+#ifdef __CUDACC__  // the rest of the library needs the runtime's types only
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <cuda_runtime.h>
 
 #include <cstdint>
 
@@ -150,4 +152,5 @@ __device__ __forceinline__ int any_of_block(int predicate) { return __syncthread
 
 }  // namespace fused_margin
 
+#endif
 #endif

@@ -34,12 +34,11 @@ class RowSums {
     for (int r = 0; r < kOwnRows; r++) power_[r] = kNoPower;
   }
 
-  __device__ __forceinline__ void operator()(int64_t tile, Accumulators& c, const float* inverse) {
+  __device__ __forceinline__ void operator()(int64_t tile, Accumulators& c, const SlotNumbers& slots) {
     const OwnRows rows(p_, block_, at_);
     Rivals rivals;
-    to_rivals<Plain>(p_, tile, at_, rows, c, inverse, rivals);
-    float bias[kOwnSlots] = {};
-    if constexpr (!Plain) load_bias(p_, tile, at_, bias);
+    to_rivals<Plain>(p_, tile, at_, rows, c, slots, rivals);
+    const auto bias = [&](int s) { return Plain ? 0.0f : slots.bias[at_.slot(s)]; };
 #pragma unroll
     for (int r = 0; r < kOwnRows; r++) {
       if constexpr (!Plain) look(rows, c, r, rivals[r], bias);
@@ -79,8 +78,8 @@ class RowSums {
   }
 
   // Sums that are not weighted by A; then N(c) in the place of c.
-  __device__ __forceinline__ void look(const OwnRows& rows, Accumulators& c, int r, unsigned rivals,
-                                       const float (&bias)[kOwnSlots]) {
+  template <class Bias>
+  __device__ __forceinline__ void look(const OwnRows& rows, Accumulators& c, int r, unsigned rivals, const Bias& bias) {
     const float tau = rows.tau(r), scale = rows.scale(r);
 #pragma unroll
     for (int s = 0; s < kOwnSlots; s++) {
@@ -89,25 +88,26 @@ class RowSums {
       const float v = p_.rule == RuleCode::identity ? cosine : any_rival(p_.rule, cosine, tau, p_.args).value;
       own(c, r, s) = v;
       if (!counts) continue;
-      more_.best[r] = fmaxf(more_.best[r], p_.bias.data ? cosine + bias[s] / scale : cosine);
+      more_.best[r] = fmaxf(more_.best[r], p_.bias.data ? cosine + bias(s) / scale : cosine);
       if (cosine > tau) more_.count[r] += 1, more_.masked[r] += cosine;
-      more_.sum_v[r] += v, more_.sum_bias[r] += bias[s];
+      more_.sum_v[r] += v, more_.sum_bias[r] += bias(s);
     }
   }
 
+  template <class Bias>
   __device__ __forceinline__ void add_exponentials(const OwnRows& rows, Accumulators& v, int r, unsigned rivals,
-                                                   const float (&bias)[kOwnSlots]) {
+                                                   const Bias& bias) {
     const float hi = rows.scale_hi(r), lo = rows.scale_lo(r);
     float top = kNoPower;
 #pragma unroll
     for (int s = 0; s < kOwnSlots; s++)
-      if (rivals >> s & 1) top = fmaxf(top, own(v, r, s) * hi + bias[s] * kLog2e);
+      if (rivals >> s & 1) top = fmaxf(top, own(v, r, s) * hi + bias(s) * kLog2e);
     const float raised = fmaxf(power_[r], floorf(top + 0.5f)), shrink = exp2_fast(power_[r] - raised);
     power_[r] = raised;
     float sum = 0, mean = 0;
 #pragma unroll
     for (int s = 0; s < kOwnSlots; s++) {
-      const float e = exponent(own(v, r, s), hi, lo, bias[s] * kLog2e, raised);
+      const float e = exponent(own(v, r, s), hi, lo, bias(s) * kLog2e, raised);
       const float weight = exp2_fast(rivals >> s & 1 ? e : -INFINITY);
       sum += weight;
       if constexpr (!Plain) mean += rivals >> s & 1 ? weight * own(v, r, s) : 0.0f;
@@ -117,13 +117,14 @@ class RowSums {
     if constexpr (!Plain) more_.mean_v[r] = more_.mean_v[r] * shrink + mean;
   }
 
+  template <class Bias>
   __device__ __forceinline__ void add_softplus(const OwnRows& rows, Accumulators& v, int r, unsigned rivals,
-                                               const float (&bias)[kOwnSlots]) {
+                                               const Bias& bias) {
     const float scale = rows.scale(r);
     float sum = 0, mean = 0;
 #pragma unroll
     for (int s = 0; s < kOwnSlots; s++) {
-      const Transformed<float> l = any_softplus(scale * own(v, r, s) + bias[s]);
+      const Transformed<float> l = any_softplus(scale * own(v, r, s) + bias(s));
       sum += rivals >> s & 1 ? l.value : 0.0f;
       if constexpr (!Plain) mean += rivals >> s & 1 ? l.slope * own(v, r, s) : 0.0f;
     }

@@ -28,10 +28,10 @@ class ToGradient {
  public:
   __device__ ToGradient(const Gradient& g, int64_t block) : g_(g), p_(g.p), block_(block) {}
 
-  __device__ __forceinline__ void operator()(int64_t tile, Accumulators& c, const float* inverse) {
+  __device__ __forceinline__ void operator()(int64_t tile, Accumulators& c, const SlotNumbers& slots) {
     const Coefficients rows(g_, block_, at_);
     Rivals rivals;
-    to_rivals<Plain>(p_, tile, at_, rows, c, inverse, rivals);
+    to_rivals<Plain>(p_, tile, at_, rows, c, slots, rivals);
     if constexpr (Plain) {
 #pragma unroll
       for (int r = 0; r < kOwnRows; r++) {
@@ -44,16 +44,15 @@ class ToGradient {
         }
       }
     } else {
-      general(rows, tile, c, rivals);
+      general(rows, tile, c, slots, rivals);
     }
     if (g_.gradient) store(tile, c);
   }
 
  private:
   __device__ __forceinline__ void general(const Coefficients& rows, int64_t tile, Accumulators& c,
-                                          const Rivals& rivals) {
-    float bias[kOwnSlots], column[kOwnSlots] = {};
-    load_bias(p_, tile, at_, bias);
+                                          const SlotNumbers& slots, const Rivals& rivals) {
+    float column[kOwnSlots] = {};
 #pragma unroll
     for (int r = 0; r < kOwnRows; r++) {
       const float hi = rows.scale_hi(r), lo = rows.scale_lo(r), tau = rows.tau(r), scale = rows.scale(r);
@@ -62,10 +61,11 @@ class ToGradient {
 #pragma unroll
       for (int s = 0; s < kOwnSlots; s++) {
         Rival<float> n = {own(c, r, s), 1.0f};
+        const float bias = slots.bias[at_.slot(s)];
         if (p_.rule != RuleCode::identity) n = any_rival(p_.rule, n.value, tau, p_.args);
         const float weight = p_.reduction == Reduction::softplus
-                                 ? any_softplus(scale * n.value + bias[s]).slope
-                                 : exp2_fast(exponent(n.value, hi, lo, bias[s] * kLog2e, power) - rest);
+                                 ? any_softplus(scale * n.value + bias).slope
+                                 : exp2_fast(exponent(n.value, hi, lo, bias * kLog2e, power) - rest);
         const float g = rivals[r] >> s & 1 ? share * weight + more : 0.0f;
         column[s] += g * unit;
         own(c, r, s) = p_.unit_slope ? g : g * n.slope;

@@ -104,11 +104,10 @@ void run_chunks(const Backward& b) {
   for (int64_t first = 0; first < p.classes; first += chunk) {
     const int64_t classes = std::min(chunk, p.classes - first), first_row = first * p.sub_centers;
     const int64_t rows = classes * p.sub_centers, tiles = div_up(classes, plan.tile_classes);
-    b.call.run("gradient",
-               Gradient{p, b.rows.coefficients, first / plan.tile_classes, tiles,
-                        splits_of(tiles, plan.blocks, cut().programs ? cut().programs : b.call.device.programs),
-                        to_gradient ? gradient.mutable_data_ptr() : nullptr, columns,
-                        b.to_bias ? floats(bias_parts) : nullptr});
+    b.call.run("gradient", Gradient{p, b.rows.coefficients, first / plan.tile_classes, tiles,
+                                    splits_of(tiles, plan.blocks, plan.programs),
+                                    to_gradient ? gradient.mutable_data_ptr() : nullptr, columns,
+                                    b.to_bias ? floats(bias_parts) : nullptr});
     Tensor g = torch::stable::narrow(gradient, 1, 0, to_gradient ? rows : 0);
     if (b.to_w) {
       Tensor target =

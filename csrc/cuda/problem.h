@@ -26,7 +26,7 @@ constexpr int kStates =
 constexpr int kPartsOfSplit = 2;  // a row of a tile is split between two warps
 constexpr int kAuxRows = 6;       // of spec.Aux
 constexpr int kCoefficients = 7;
-constexpr int64_t kMostSplits = 256, kMostChunkClasses = 131072, kLeastChunkClasses = 4096;
+constexpr int64_t kMostChunkClasses = 131072, kLeastChunkClasses = 4096;
 constexpr int kMostSubCenters = 16;
 constexpr float kNoPower = -1e30f;  // K of a row that has seen no rival
 constexpr float kHalfUnit = 1024;   // fp16 tiles of A N' hold this multiple: A ~ 1 / C would be subnormal
@@ -74,6 +74,7 @@ struct Problem {
 
 // How a sweep is cut. A function of shapes and of the number of multiprocessors only, never of values.
 struct Plan {
+  int64_t programs;                     // at one time
   int64_t padded, operand_row, blocks;  // blocks of rows of x
   int tile_classes;
   int64_t tiles;   // of classes
@@ -92,6 +93,12 @@ inline int group_of(int sub_centers) {
   return group;
 }
 
+// Parts of the tiles [0, tiles) for each block of rows, so that as many programs as fit run at one time, and no more: a
+// second wave of a few would take as long as the first.
+inline int64_t splits_of(int64_t tiles, int64_t blocks, int64_t programs) {
+  return std::max<int64_t>(1, std::min(tiles, programs / blocks));
+}
+
 inline Plan plan(int64_t batch, int64_t dim, int64_t classes, int sub_centers, Storage operand, int64_t programs,
                  int64_t cache_bytes, const Cut& cut = {}) {
   Plan p;
@@ -100,17 +107,12 @@ inline Plan plan(int64_t batch, int64_t dim, int64_t classes, int sub_centers, S
   p.operand_row = round_up(dim, kSliceBytes / size_of(operand));
   p.tile_classes = kSlots / group_of(sub_centers);
   p.tiles = div_up(classes, p.tile_classes);
-  const int64_t wanted = cut.programs ? cut.programs : programs;
-  p.splits = std::max<int64_t>(1, std::min({p.tiles, div_up(wanted, p.blocks), kMostSplits}));
+  p.programs = cut.programs ? cut.programs : programs;
+  p.splits = splits_of(p.tiles, p.blocks, p.programs);
   const int64_t fits = cache_bytes / std::max<int64_t>(batch * size_of(operand) * sub_centers, 1);
   const int64_t chunk = cut.chunk_classes ? cut.chunk_classes : std::clamp(fits, kLeastChunkClasses, kMostChunkClasses);
   p.chunk = round_up(std::min(chunk, std::max<int64_t>(classes, 1)), p.tile_classes);
   return p;
-}
-
-// Programs that take the tiles [0, tiles) of one block of rows between them, so that the device is full.
-inline int64_t splits_of(int64_t tiles, int64_t blocks, int64_t programs) {
-  return std::max<int64_t>(1, std::min(tiles, div_up(programs, blocks)));
 }
 
 }  // namespace gpu

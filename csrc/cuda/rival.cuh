@@ -108,7 +108,7 @@ __device__ __forceinline__ unsigned closest_centers(const Problem& p, Accumulato
 // Products to cosines, in place, and which of them count.
 template <bool Plain>
 __device__ __forceinline__ void to_rivals(const Problem& p, int64_t tile, const Place& at, const OwnRows& rows,
-                                          Accumulators& acc, const float* inverse, Rivals& rivals) {
+                                          Accumulators& acc, const SlotNumbers& slots, Rivals& rivals) {
   unsigned valid = 0;
   const bool clamp = p.normalize_x && p.normalize_w;
   int class_[kOwnSlots];
@@ -117,7 +117,7 @@ __device__ __forceinline__ void to_rivals(const Problem& p, int64_t tile, const 
     const Slot slot = slot_of(p, tile, at.slot(s));
     if (slot.valid) valid |= 1u << s;
     class_[s] = int(slot.class_);
-    const float factor = inverse[at.slot(s)];
+    const float factor = slots.inverse[at.slot(s)];
 #pragma unroll
     for (int r = 0; r < kOwnRows; r++) own(acc, r, s) *= factor;
   }
@@ -132,17 +132,6 @@ __device__ __forceinline__ void to_rivals(const Problem& p, int64_t tile, const 
       const float c = own(acc, r, s);
       if (clamp) own(acc, r, s) = c < -1.0f ? -1.0f : c > 1.0f ? 1.0f : c;
     }
-  }
-}
-
-// Of own slots, in units of log2(e) where exponents are wanted.
-__device__ __forceinline__ void load_bias(const Problem& p, int64_t tile, const Place& at, float (&bias)[kOwnSlots]) {
-#pragma unroll
-  for (int s = 0; s < kOwnSlots; s++) {
-    bias[s] = 0;
-    if (!p.bias.data) continue;
-    const int64_t class_ = slot_of(p, tile, at.slot(s)).class_;
-    bias[s] = read(p.bias.data, p.bias.storage, (class_ < p.classes ? class_ : p.classes - 1) * p.bias.step);
   }
 }
 

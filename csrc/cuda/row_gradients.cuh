@@ -34,7 +34,7 @@ __device__ __forceinline__ int rank_of(const Problem& p, int64_t i, int own) {
   return before;
 }
 
-__global__ void __launch_bounds__(kRowThreads) backward_rows_kernel(const BackwardRows b) {
+__global__ void __launch_bounds__(kRowThreads, 4) backward_rows_kernel(const BackwardRows b) {
   const Problem& p = b.p;
   const int64_t i = row_of_warp();
   if (i >= p.padded) return;
@@ -108,12 +108,13 @@ __global__ void __launch_bounds__(kRowThreads) finish_weights_kernel(const Finis
   const int64_t row = f.first_row + local, source = source_row(p, row);
   const int class_ = int(row / p.sub_centers);
   const int64_t begin = lower_bound(f.sorted_class, p.batch, class_);
+  const int64_t end = lower_bound(f.sorted_class, p.batch, class_ + 1);  // rows whose target the class is
   const float unit = p.operand == Storage::f16 ? *f.unit / kHalfUnit : 1.0f;
   float* products = f.products + local * p.dim;
   float square = 0, along = 0;
   each_column(p.dim, [&](int64_t d) {
     float h = products[d] * unit;
-    for (int64_t k = begin; k < p.batch && f.sorted_class[k] == class_; k++) {
+    for (int64_t k = begin; k < end; k++) {
       const int64_t i = f.order[k];
       if (f.target_row[i] == row) h += at(f.g_cos_y, i) * (at(p.x, i, d) * f.inverse_x[i]);
     }

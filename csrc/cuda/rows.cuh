@@ -17,7 +17,7 @@ __device__ __forceinline__ float folded_rest(float s, float hi) {
   return ((s_hi * c_hi - hi) + (s - s_hi) * c_hi) + s * c_lo;
 }
 
-__global__ void __launch_bounds__(kRowThreads) prologue_kernel(const Prologue f) {
+__global__ void __launch_bounds__(kRowThreads, 4) prologue_kernel(const Prologue f) {
   const Problem& p = f.p;
   const int64_t i = row_of_warp();
   if (i >= (p.padded ? p.padded : p.batch)) return;

@@ -119,6 +119,11 @@ struct Fragments<float> {
   }
 };
 
+// What a tile's slots have, in shared memory.
+struct SlotNumbers {
+  float *inverse, *bias;  // [kSlots]: the product times `inverse` is a cosine; 0 without a bias
+};
+
 template <class T>
 constexpr Storage kStorage = Storage::f32;
 template <>
@@ -133,15 +138,15 @@ class Tiles {
   static constexpr int kDepth = kSliceBytes / int(sizeof(T));
 
   static size_t shared_bytes(Storage w) {
-    return size_t(kStages + 2) * kOperandBytes + 4 * kSlots * sizeof(float) +
+    return size_t(kStages + 2) * kOperandBytes + 6 * kSlots * sizeof(float) +
            size_t(kStages) * kSlots * kDepth * size_of(w);
   }
 
   __device__ Tiles(const Problem& p, int64_t block) : p_(p), block_(block) {
     unsigned char* memory = dynamic_shared<unsigned char>();
     x_ = memory, w_ = x_ + kStages * kOperandBytes;
-    inverse_ = reinterpret_cast<float*>(w_ + 2 * kOperandBytes);
-    rescale_ = inverse_ + 2 * kSlots;
+    numbers_ = reinterpret_cast<float*>(w_ + 2 * kOperandBytes);
+    rescale_ = numbers_ + 4 * kSlots;
     raw_ = reinterpret_cast<unsigned char*>(rescale_ + 2 * kSlots);
     size_ = p.w.storage == Storage::f32 ? 4 : 2;
     chunks_ = kDepth * size_ / 16;
@@ -152,7 +157,7 @@ class Tiles {
     slices_ = int(p.operand_row / kDepth);
   }
 
-  // done(tile, acc, inverse) for each tile of [begin, end): x_hat . w, to be multiplied by inverse[slot] in shared memory.
+  // done(tile, x_hat . w, SlotNumbers) for each tile of [begin, end).
   template <class Done>
   __device__ void run(int64_t begin, int64_t end, Done& done) {
     Accumulators acc = {};
@@ -165,10 +170,11 @@ class Tiles {
     int slice = 0;
     int64_t tile = begin;
     for (int64_t step = 0; step < steps; step++) {
-      const int stage = int(step % kStages), turn = int(step & 1), tile_turn = int((tile - begin) & 1);
+      const int stage = int(step % kStages), turn = int(step & 1);
+      float* const of_tile = numbers_ + ((tile - begin) & 1) * 2 * kSlots;
+      const SlotNumbers numbers = {of_tile, of_tile + kSlots};
       copy_wait<kStages - 2>();
-      const bool rescaled =
-          convert(stage, slice, w_ + turn * kOperandBytes, rescale_ + turn * kSlots, inverse_ + tile_turn * kSlots);
+      const bool rescaled = convert(stage, slice, tile, w_ + turn * kOperandBytes, rescale_ + turn * kSlots, numbers);
       if (scaled_) {
         if (any_of_block(rescaled)) rescale(acc, rescale_ + turn * kSlots);
       } else {
@@ -178,7 +184,7 @@ class Tiles {
       copy_commit();
       multiply(acc, x_ + stage * kOperandBytes, w_ + turn * kOperandBytes);
       if (++slice == slices_) {
-        done(tile, acc, inverse_ + tile_turn * kSlots);
+        done(tile, acc, numbers);
 #pragma unroll
         for (int r = 0; r < kOwnRows; r++)
 #pragma unroll
@@ -244,7 +250,8 @@ class Tiles {
   }
 
   // Own bytes of a stage to the operands' type; true if a row's unit has changed. The last slice leaves the norms.
-  __device__ __forceinline__ bool convert(int stage, int slice, unsigned char* to, float* rescale, float* inverse) {
+  __device__ __forceinline__ bool convert(int stage, int slice, int64_t tile, unsigned char* to, float* rescale,
+                                          const SlotNumbers& numbers) {
     bool changed = false;
 #pragma unroll
     for (int i = 0; i < kMostChunks; i++) {
@@ -275,10 +282,19 @@ class Tiles {
       if (slice == slices_ - 1) {
         square = over_chunks(square, false);
         const float unit = scaled_ ? unit_[i] : 1.0f;
-        if (chunk() == 0) inverse[slot(i)] = p_.normalize_w ? unit * inverse_norm(square) : unit;
+        if (chunk() == 0) {
+          numbers.inverse[slot(i)] = p_.normalize_w ? unit * inverse_norm(square) : unit;
+          numbers.bias[slot(i)] = bias_of(tile, slot(i));
+        }
       }
     }
     return changed;
+  }
+
+  __device__ __forceinline__ float bias_of(int64_t tile, int slot) const {
+    if (!p_.bias.data) return 0;
+    const int64_t class_ = slot_of(p_, tile, slot).class_;
+    return read(p_.bias.data, p_.bias.storage, (class_ < p_.classes ? class_ : p_.classes - 1) * p_.bias.step);
   }
 
   __device__ __forceinline__ void load_chunk(const unsigned char* from, float (&v)[8]) const {
@@ -363,7 +379,7 @@ class Tiles {
   const int64_t block_;
   const Place place_;
   unsigned char *x_, *w_, *raw_;  // stages of x_hat; two slices of converted w; stages of w as it is
-  float *inverse_, *rescale_;     // [2, kSlots] each
+  float *numbers_, *rescale_;     // SlotNumbers of two tiles; [2, kSlots]
   int size_, chunks_, own_chunks_, slices_;
   bool scaled_, copied_;
   int64_t fetched_tile_ = 0;
