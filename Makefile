@@ -20,10 +20,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 test: build
 	@$(BIN)/python -m pytest -q
 
-# Every proof of the GPU kernels, the slow ones too, and the tables of docs/gpu.md.
+# Every proof of the GPU kernels, the slow ones too, races of the CPU kernels, and the tables of docs/gpu.md.
 test-gpu-without-gpu: build
 	@rm -rf build/proof
-	@FUSED_MARGIN_PROOF=build/proof $(BIN)/python -m pytest -q -m "not gpu" tests/gpu_without_gpu
+	@FUSED_MARGIN_PROOF=build/proof $(BIN)/python -m pytest -q -m "not gpu" tests/gpu_without_gpu tests/cpu_threads
 	@$(BIN)/python -m tests.gpu_without_gpu.proof build/proof --write docs/gpu.md
 	@$(BIN)/python -m bench.roofline --write docs/gpu.md
 

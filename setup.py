@@ -102,13 +102,14 @@ def extension():
     library = Extension(
         "fused_margin._C",
         sources + cuda_sources,
-        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
+        depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh")),
         libraries=libraries,
         library_dirs=library_dirs,
         extra_compile_args={
             # -g0: some Pythons pass a -g of their own, which only makes the library larger.
             "cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", *warn, *system, *stable],
-            "nvcc": ["-O3", "-std=c++17", *system, *stable],
+            # No contraction to fma: lanes that add up the same numbers must get the same bits.
+            "nvcc": ["-O3", "-std=c++17", "--fmad=false", *system, *stable],
         },
         language="c++",
         py_limited_api=True,

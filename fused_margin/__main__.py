@@ -10,14 +10,15 @@ import sys
 import torch
 
 from . import __version__, plan
-from .backends import BACKENDS, cpu, triton, why_not
+from .backends import BACKENDS, cpu, cuda, triton, why_not
 from .check import all_margins, check_margin, table
 
 
 def _info() -> None:
     python = ".".join(map(str, sys.version_info[:3]))
     print(f"fused_margin {__version__}, torch {torch.__version__}, Python {python}, {torch.get_num_threads()} threads")
-    what = {"cpu": cpu.path, "triton": triton.path, "reference": lambda: "plain PyTorch, holds [B, C] tensors"}
+    what = {name: module.path for name, module in (("cpu", cpu), ("triton", triton), ("cuda", cuda))}
+    what["reference"] = lambda: "plain PyTorch, holds [B, C] tensors"
     for name in BACKENDS:
         reasons = why_not(name)
         print(f"  {name:10} " + (f"not here: {', '.join(reasons)}" if reasons else f"runs: {what[name]()}"))

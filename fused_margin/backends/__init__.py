@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ..rules import RULES
 from ..spec import Spec
-from . import cpu, reference, triton
+from . import cpu, cuda, reference, triton
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "reference": reference}  # by preference
+# By preference: of two that can run the first is taken. On a GPU that is Triton, where it is installed; the CUDA C++
+# kernels, of which no time is known yet, where it is not.
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference}
 
 
 class FallbackWarning(UserWarning):

@@ -26,17 +26,18 @@ _SPEC = (
 )
 _INPUTS = "Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor? tau, Tensor? bias, Tensor? index, Tensor rule_args"
 _library = torch.library.Library("fused_margin_cpu", "DEF")
-_library.define(f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {_SPEC}) -> Tensor")
-_KEPT = "Tensor(a!) kept"
-_library.define(f"sweep({_INPUTS}, {_KEPT}, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-_library.define(
-    f"sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args, {_KEPT}, {_SPEC}, Tensor forms, "
-    "int loss_reduction) -> (Tensor, Tensor, Tensor, Tensor)"
-)
-_library.define(
-    f"sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, Tensor o_red, "
-    f"Tensor o_sum, Tensor kept, {_SPEC}, int need) -> (Tensor, Tensor, Tensor, Tensor)"
-)
+# Of the sweep's operators, here and in cuda.py, which has an `operand` and keeps nothing.
+KEPT, WRITTEN = ", Tensor kept", ", Tensor(a!) kept"
+SWEEPS = {
+    "target_cosine": f"(Tensor x, Tensor w, Tensor labels, Tensor? index, {_SPEC}) -> Tensor",
+    "sweep": f"({_INPUTS}{WRITTEN}, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "sweep_loss": f"(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args{WRITTEN}, {_SPEC}, "
+    "Tensor forms, int loss_reduction) -> (Tensor, Tensor, Tensor, Tensor)",
+    "sweep_backward": f"(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, "
+    f"Tensor o_red, Tensor o_sum{KEPT}, {_SPEC}, int need) -> (Tensor, Tensor, Tensor, Tensor)",
+}
+for _name, _schema in SWEEPS.items():
+    _library.define(_name + _schema)
 _STATE = "Tensor(a!) w, Tensor(b!)? m, Tensor(c!)? v, Tensor(d!)? step, Tensor? index"
 _UPDATE = (
     "int optimizer, float lr, float weight_decay, float momentum, float dampening, bool nesterov, float beta1, "
@@ -171,12 +172,12 @@ def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple
 def sweep_loss(x, w, labels, scale, rule_args, spec: Spec, forms, loss_reduction) -> tuple[Tensor, ...]:
     reduction = LOSS_REDUCTIONS.index(loss_reduction)
     kept = memory.numbers(kept_size(x, w, None, spec), acc_dtype(x))
-    numbers = _numbers(tuple(forms))
-    return *_ops.sweep_loss.default(x, w, labels, scale, rule_args, kept, *_pack(spec), numbers, reduction), kept
+    packed = (*_pack(spec), numbers(tuple(forms)), reduction)
+    return *_ops.sweep_loss.default(x, w, labels, scale, rule_args, kept, *packed), kept
 
 
 @functools.lru_cache(maxsize=64)
-def _numbers(forms: tuple[float, ...]) -> Tensor:
+def numbers(forms: tuple[float, ...]) -> Tensor:
     return torch.tensor(forms, dtype=torch.float64)
 
 

@@ -10,6 +10,7 @@ import re
 
 BARRIER = re.compile(r"bar(?:rier)?\.sync\s+0;")
 WAIT = re.compile(r"(?P<op>(?:cp\.async|wgmma)\.wait_group(?:\.sync\.aligned)?\s+)(?P<count>\d+)")
+VOTE = re.compile(r"bar\.red\.\w+\.pred\s+(?P<all>%?\w+),\s*0,\s*(?P<own>%?\w+);")
 FENCE = re.compile(r"fence\.proxy\.async\S*;")
 
 
@@ -22,6 +23,9 @@ def mutants(ptx):
     for kind, pattern in (("barrier", BARRIER), ("proxy fence", FENCE)):
         for i, found in enumerate(pattern.finditer(ptx)):
             yield f"{kind} {i} removed", _commented(ptx, found)
+    for i, found in enumerate(VOTE.finditer(ptx)):  # each thread takes its own vote for that of the block
+        own = f"mov.pred {found['all']}, {found['own']};"
+        yield f"voting barrier {i} removed", ptx[: found.start()] + own + ptx[found.end() :]
     for i, found in enumerate(WAIT.finditer(ptx)):
         weaker = f"{found['op']}{int(found['count']) + 1}"
         yield f"wait {i} for one group less", ptx[: found.start()] + weaker + ptx[found.end() :]

@@ -37,7 +37,11 @@ def table(folder: Path, name: str) -> str:
 
 
 def sections(folder: Path) -> dict[str, Callable[[], str]]:
-    return {name: functools.partial(table, folder, name) for name in ("numbers", "mutants", "resources")}
+    """Those of CUDA C++ only where nvcc was there to make them."""
+    of_cuda = (
+        name for name in ("cuda_numbers", "cuda_mutants", "cuda_resources") if (folder / f"{name}.jsonl").exists()
+    )
+    return {name: functools.partial(table, folder, name) for name in ("numbers", "mutants", "resources", *of_cuda)}
 
 
 def main() -> int:

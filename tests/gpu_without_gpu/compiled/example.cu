@@ -1,4 +1,5 @@
-// Kernels of test_ptx_nvcc.py: a block reduction (BUG_NO_SYNC leaves out a barrier), a tensor-core product, opcodes.
+// Kernels of test_ptx_nvcc.py: a block reduction (BUG_NO_SYNC leaves out a barrier), a tensor-core product, opcodes,
+// a struct as parameter and functions that are called.
 #include <cstdint>
 #include <cuda_bf16.h>
 
@@ -71,4 +72,29 @@ __global__ void opcodes(const float* x, const long long* k, float* f, long long*
   i[5 * n + t] = __byte_perm((unsigned)p, (unsigned)q, 0x3715);
   i[6 * n + t] = (p >> (t & 63)) ^ ((unsigned long long)q >> 7) ^ (p << 3);
   i[7 * n + t] = (long long)(int)a + (long long)b;
+}
+
+struct Numbers {
+  const double* x;
+  double *sine, *power;
+  int* any;
+  int exponent;
+  double factor;
+};
+
+__device__ __noinline__ double2 raised(double x, int n) {
+  double2 r = make_double2(1, x);
+  for (int i = 0; i < n; i++) r.x *= x;
+  return r;
+}
+
+// What libdevice and __noinline__ bring: calls, parameters in memory, tables, registers of an inner scope, votes.
+__global__ void calls(Numbers n) {
+  const int t = threadIdx.x;
+  const double x = n.x[t];
+  n.sine[t] = sin(x * n.factor);
+  double2 r = make_double2(0, 0);
+  if (x > 0) r = raised(x, n.exponent);
+  n.power[t] = r.x + 2 * r.y;
+  n.any[t] = __syncthreads_or(x > 1.9) + 2 * __syncthreads_count(x > 0) + 256 * __syncthreads_and(x > -3);
 }

@@ -3,6 +3,7 @@
 import functools
 import os
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import torch
 
 from .. import ptxas
 from ..ptx import PTXError, launch
+from ..ptx.memory import buffer_of
 
 NVCC = shutil.which("nvcc")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on PATH")
 
 
 @functools.cache
-def compiled(*flags):
-    command = [NVCC, "-std=c++17", "-O3", "-arch=sm_80", "-ptx", *flags, "-o", "-", "example.cu"]
+def compiled(*flags, arch=80):
+    command = [NVCC, "-std=c++17", "-O3", f"-arch=sm_{arch}", "-ptx", *flags, "-o", "-", "example.cu"]
     return subprocess.run(command, cwd=Path(__file__).parent, text=True, check=True, stdout=subprocess.PIPE).stdout
 
 
@@ -105,12 +107,28 @@ def test_nvcc_opcodes():
         ], t
 
 
+@pytest.mark.parametrize("arch", [80, 120])
+def test_nvcc_calls(arch):
+    g = torch.Generator().manual_seed(0)
+    x = torch.rand(64, generator=g, dtype=torch.float64) * 4 - 2
+    sine, power = torch.full((2, 64), torch.nan, dtype=torch.float64)
+    votes = torch.zeros(64, dtype=torch.int32)
+    given = struct.pack("4Qid", *(t.data_ptr() for t in (x, sine, power, votes)), 5, 3.0)
+    buffers = [buffer_of(t) for t in (x, sine, power, votes)]
+    launch(compiled(arch=arch), 1, 64, [given], name="calls", more_buffers=buffers)
+    torch.testing.assert_close(sine, (3 * x).sin(), rtol=1e-14, atol=1e-15)
+    torch.testing.assert_close(power, torch.where(x > 0, x**5 + 2 * x, 0), rtol=1e-14, atol=0)
+    assert (votes == int((x > 1.9).any()) + 2 * int((x > 0).sum()) + 256).all()
+    with pytest.raises(PTXError, match="out-of-bounds global"):
+        launch(compiled(arch=arch), 1, 64, [given], name="calls", more_buffers=[*buffers[:3], buffer_of(votes[:63])])
+
+
 def test_resources():
     """What ptxas says of each kernel and architecture: nothing spills, the reduction has its barriers."""
     command = [NVCC, "-std=c++17", "-O3", "-Xptxas", "-v", "-cubin", "-arch=sm_90", "-o", os.devnull, "example.cu"]
     log = subprocess.run(command, cwd=Path(__file__).parent, text=True, check=True, stderr=subprocess.PIPE).stderr
     rows = {row["kernel"]: row for row in ptxas.parse(log)}
-    assert len(rows) == 3
+    assert len(rows) == 4
     assert all(row["arch"] == "sm_90" and 0 < row["regs"] < 64 for row in rows.values())
     assert all(row["spill_stores"] == row["spill_loads"] == 0 for row in rows.values())
     assert [row["barriers"] for name, row in sorted(rows.items()) if "margin_ce_row" in name] == [1]

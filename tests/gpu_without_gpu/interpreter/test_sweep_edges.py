@@ -19,7 +19,8 @@ from ... import cases, oracle
 from ...cases import MARGINS, Mode, problem
 from ...error_rule import ErrorRule
 from ...test_edges import NORMS, _by_rows
-from .test_sweep_numbers import BATCH, CLASSES, Sweep, device
+from ..sweep_cases import BATCH, CLASSES, Sweep
+from .test_sweep_numbers import device
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -43,7 +44,7 @@ def loss_and_gradients(x, w, labels, margin="arcface_linear", **options):
 
 def test_label_in_the_last_padded_tile():
     """75 classes fill three tiles of 32 up to column 95. Labels: the last class; columns 75 and 95, no classes."""
-    sweep = Sweep("identity", torch.float32, "shard", bias=False)
+    sweep = Sweep("identity", torch.float32, "shard", bias=False, backend="triton")
     sweep.labels[:5] = 11 + torch.tensor([CLASSES - 1, CLASSES, 95, 96, 0])
     sweep.check()
 
@@ -75,7 +76,7 @@ def test_no_row_counts(form, batch, reduction):
 
 @pytest.mark.parametrize("form", ["flash", "chunk"])
 def test_shard_without_a_class(form):
-    sweep = Sweep("hard", torch.float32, bias=False)
+    sweep = Sweep("hard", torch.float32, bias=False, backend="triton")
     x, w, scale = (sweep.leaves[n] for n in ("x", "w", "scale"))
     with use(device(form)):
         want = int(Want.DX | Want.DSCALE | Want.STATS | (Want.SUM if form == "chunk" else 0))
@@ -207,7 +208,7 @@ def test_norms(norms, side, operands):
 @pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_masks_are_decided_alike_in_both_directions(operands, ahead):
     """tau is a rival's cosine to the last bit; else the probabilities of the backward would not add up to 1."""
-    sweep = Sweep("hard", operands)
+    sweep = Sweep("hard", operands, backend="triton")
     x, w, bias = sweep.leaves["x"], sweep.leaves["w"], sweep.leaves["bias"]
     bias.data.zero_()
     scale, args, given = torch.full((BATCH,), 30.0), torch.tensor([1.2, 0.2]), spec(rule="hard", compute_dtype=operands)

@@ -26,22 +26,30 @@ class Counts(NamedTuple):
     written: int
 
 
-def launch(ptx, grid, threads, args, smem=0, name=None, **options):
+def _scalar(v, ty):
+    dtype = np.dtype(TYPES[ty])
+    return dtype.type(v if dtype.kind == "f" else int(v) & (1 << 8 * dtype.itemsize) - 1).tobytes()
+
+
+def launch(ptx, grid, threads, args, smem=0, name=None, more_buffers=(), **options):
     """Run a kernel on torch CPU tensors (written in place) and Python scalars, given in PTX parameter order.
 
     ptx: text or Kernel; grid, threads: int or tuple; smem: dynamic shared bytes. Missing trailing pointers are null.
+    A struct comes as its bytes, and what it points to as more_buffers: (address, array of bytes) each.
     Raises PTXError.
     """
     kernel = ptx if isinstance(ptx, Kernel) else Kernel(ptx, name)
     grid, threads = (((n,) if isinstance(n, int) else tuple(n)) + (1, 1) for n in (grid, threads))
-    params, buffers = {}, []
-    for (param, ty), v in zip(kernel.params, [*args, *[0] * (len(kernel.params) - len(args))], strict=True):
+    params, buffers = {}, [Buffer(table.ctypes.data, table) for table in kernel.tables.values()]
+    for (param, ty, size), v in zip(kernel.params, [*args, *[0] * (len(kernel.params) - len(args))], strict=True):
         if hasattr(v, "data_ptr"):
             if v.numel():
                 buffers.append(Buffer(*buffer_of(v)))
             v = v.data_ptr()
-        dtype = np.dtype(TYPES[ty])
-        params[param] = dtype.type(v if dtype.kind == "f" else int(v) & (1 << 8 * dtype.itemsize) - 1)
+        params[param] = np.frombuffer(v if ty is None else _scalar(v, ty), np.uint8)
+        if len(params[param]) != size:
+            raise PTXError(f"{param} is {len(params[param])} bytes; the kernel takes {size}")
+    buffers += [Buffer(*memory) for memory in more_buffers]
     instructions = flops = 0
     for z, y, x in np.ndindex(grid[2], grid[1], grid[0]):
         block = Block(kernel, threads[:3], smem, buffers, params, (x, y, z), grid, **options)

@@ -97,6 +97,13 @@ class Arithmetic:
             r = np.where(n >= bits, x.dtype.type(0), r)
         self.write(a[0], r, m)
 
+    def funnel(self, op, a, m):
+        """shf.l, shf.r of 32 bit: two registers as one of 64, of which one half is kept"""
+        low, high, n = (self.read(q, "u32").astype(u64) for q in a[1:4])
+        n = np.minimum(n, u64(32)) if "clamp" in op else n & u64(31)
+        both = high << u64(32) | low
+        self.write(a[0], ((both << n) >> u64(32) if "l" in op else both >> n).astype(u32), m)
+
     def bits(self, op, a, m):
         """bfe.u32, bfe.s32, bfi.b32, prmt.b32, lop3.b32"""
         o = op[0]

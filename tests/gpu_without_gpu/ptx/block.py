@@ -11,17 +11,18 @@ from .formats import TYPES, PTXError, bf16_to_f32, f16, f32, f32_to_bf16, i32, i
 from .memory import Buffer, Memory, Tracker
 from .movement import Movement
 from .parse import parse_address
+from .private import Private
 from .warp import Warp
 from .wgmma import Asynchronous, Wgmma
 
 REFUSED = {"cc", "relu", "satfinite", "xorsign", "hilo"}
 
 
-class Block(Arithmetic, Movement, Warp, Wgmma, Memory):
+class Block(Arithmetic, Movement, Private, Warp, Wgmma, Memory):
     """The state of one thread block. `m` is everywhere the mask of executing threads."""
 
     def __init__(self, kernel, shape, shared_bytes, buffers, params, index, grid, check_races=True):
-        self.kernel, self.buffers, self.params, self.index = kernel, buffers, params, index
+        self.kernel, self.buffers, self.index = kernel, buffers, index
         self.number = int(np.ravel_multi_index(index, grid[:3]))
         self.T = T = int(np.prod(shape))
         if T % 32:
@@ -40,7 +41,11 @@ class Block(Arithmetic, Movement, Warp, Wgmma, Memory):
             self.special.update({f"%{what}.{c}": np.full(T, value[i], u32) for i, c in enumerate("xyz")})
         self.reg = {name: np.zeros(T, dtype) for name, dtype in kernel.registers.items()}
         self.constants = {}
-        self.pc, self.alive, self.count = np.zeros(T, i64), np.ones(T, bool), 0
+        self.pc, self.alive, self.count = np.full(T, kernel.start, i64), np.ones(T, bool), 0
+        self.private = np.full((T, kernel.private_bytes), 0xFF, u8)
+        for name, value in params.items():
+            self.private[:, kernel.private[name] : kernel.private[name] + len(value)] = value
+        self.returns = {}  # function -> where each thread goes on
         self.flops = 0
         self.copies, self.copy_groups = [], []  # cp.async issued, and committed
         self.shared = Buffer(0, np.full(kernel.static_bytes + shared_bytes, 0xFF, u8))
@@ -110,8 +115,11 @@ class Block(Arithmetic, Movement, Warp, Wgmma, Memory):
         return self.constants[o, ty]
 
     def _constant(self, o, dtype):
-        if o in self.kernel.shared:
-            return dtype.type(self.kernel.shared[o])
+        for variables in (self.kernel.shared, self.kernel.private):
+            if o in variables:
+                return dtype.type(variables[o])
+        if o in self.kernel.tables:
+            return dtype.type(self.kernel.tables[o].ctypes.data)
         value = int(o[2:], 16) if o[:2].lower() in ("0f", "0d") else int(o.rstrip("U"), 0)
         if dtype.kind == "b":
             return bool(value)
@@ -153,6 +161,7 @@ FAMILIES = {
     "mad": "mad",
     "fma": "fma",
     "shift": "shl shr",
+    "funnel": "shf",
     "unary": "ex2 lg2 rcp rsqrt sqrt sin cos tanh not neg abs",
     "bits": "bfe bfi prmt lop3",
     "count_bits": "popc clz",
@@ -175,6 +184,9 @@ FAMILIES = {
     "wgmma": "wgmma",
     "fence": "fence",
     "bar": "bar barrier",
+    "call": "call",
+    "return_": "return",
+    "result": "result",
     "nothing": "membar griddepcontrol prefetch nanosleep discard applypriority",
 }
 HANDLERS = {opcode: getattr(Block, family) for family, opcodes in FAMILIES.items() for opcode in opcodes.split()}

@@ -15,13 +15,12 @@ class Movement:
 
     def ld(self, op, a, m):
         space, dtype = next((q for q in op if q in SPACES), "global"), TYPES[op[-1]]
-        if space == "param":
-            v = self.params[a[1].strip("[] ")]
-            same = v.dtype.itemsize == np.dtype(dtype).itemsize
-            return self.write(a[0], np.full(self.T, v.view(dtype) if same else v, dtype), m)
         size, targets, address = np.dtype(dtype).itemsize, vector(a[0]), self.address(a[1])
         self.aligned(address, m, size * len(targets))
-        loaded = [self.load(space, address + u64(i * size), dtype, m) for i in range(len(targets))]
+        if space in ("param", "local"):
+            loaded = [self.load_private(address + u64(i * size), dtype, m) for i in range(len(targets))]
+        else:
+            loaded = [self.load(space, address + u64(i * size), dtype, m) for i in range(len(targets))]
         for target, v in zip(targets, loaded, strict=False):
             self.write(target, v, m)
 
@@ -30,7 +29,10 @@ class Movement:
         size, sources, address = np.dtype(TYPES[ty]).itemsize, vector(a[1]), self.address(a[0])
         self.aligned(address, m, size * len(sources))
         for i, source in enumerate(sources):
-            self.store(space, address + u64(i * size), self.read(source, ty), m)
+            if space in ("param", "local"):
+                self.store_private(address + u64(i * size), self.read(source, ty), m)
+            else:
+                self.store(space, address + u64(i * size), self.read(source, ty), m)
 
     def cp(self, op, a, m):
         if op[1] != "async" or "bulk" in op or "mbarrier" in op:

@@ -13,6 +13,8 @@ REDUCE = {
     "xor": np.bitwise_xor,
 }  # fmt: skip
 
+VOTES = {"or": np.any, "and": np.all, "popc": np.sum}
+
 
 class Warp:
     """Of a Block."""
@@ -119,11 +121,15 @@ class Warp:
     def bar(self, op, a, m):
         if "warp" in op:
             return
-        if "sync" not in op or len(a) > 1:
-            raise PTXError("only whole-block bar.sync is supported")
+        reduction = next((q for q in op if q in VOTES), None) if "red" in op else None
+        if len(a) != (3 if reduction else 1) or not (reduction or "sync" in op):
+            raise PTXError("only whole-block bar.sync and bar.red are supported")
         if not np.array_equal(m, self.alive):
             raise PTXError("bar.sync reached by only part of the block (divergent barrier)")
         self.epoch += 1
+        if reduction:
+            votes = self.read(a[2], "pred")[m]
+            self.write(a[0], np.full(self.T, VOTES[reduction](votes), np.bool_ if reduction != "popc" else u32), m)
 
     def nothing(self, op, a, m):
         pass

@@ -1,0 +1,120 @@
+"""The CUDA C++ backend: NVIDIA GPUs from sm_80 on, without Triton. Registers its operators' schemas, and calls them.
+
+The kernels are in `_C.abi3.so` (csrc/cuda), if it was built where nvcc is; nothing is compiled or started on import.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ..rules import CODES, REDUCTIONS
+from ..spec import Spec
+from . import cpu
+from .reference import check_labels
+
+MAX_SUB_CENTERS = 16
+OPERANDS = (torch.float32, torch.bfloat16, torch.float16)  # as csrc/cuda/problem.h numbers them
+_OLDEST = 8, 0  # compute capability
+_KEY = "CUDA"  # of the devices that the kernels are registered for
+_schemas = torch.library.Library("fused_margin_cuda", "DEF")
+for _name, _schema in cpu.SWEEPS.items():
+    for _theirs, _ours in (("bool bf16", "int operand"), (cpu.KEPT, ""), (cpu.WRITTEN, "")):
+        _schema = _schema.replace(_theirs, _ours)
+    _schemas.define(_name + _schema)
+_ops = torch.ops.fused_margin_cuda
+
+
+def _built() -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key("fused_margin_cuda::sweep", _KEY)
+
+
+@functools.lru_cache(maxsize=16)
+def _too_old(device: torch.device) -> str:
+    has = torch.cuda.get_device_capability(device)
+    return "" if has >= _OLDEST else f"{device} has compute capability {has}; the kernels need {_OLDEST}"
+
+
+def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
+    reasons = []
+    if torch.version.hip:
+        reasons.append("this torch is built for AMD GPUs")
+    if not _built():
+        reasons.append(
+            "the C++ extension has no CUDA kernels (install nvcc, then `pip install --no-build-isolation .` with "
+            "FUSED_MARGIN_CUDA=1)"
+        )
+    device = _KEY.lower()
+    if x is None and device == "cuda" and not torch.cuda.is_available():
+        reasons.append("torch sees no GPU")
+    for name, t in (("embeddings", x), ("weight", w)):
+        if t is None:
+            continue
+        if t.device.type != device:
+            reasons.append(f"{name} are on {t.device}, not on a GPU")
+        if t.dtype not in OPERANDS:
+            reasons.append(f"{name} are {t.dtype}; the kernels take float32, bfloat16 and float16")
+    if x is not None and x.is_cuda and _too_old(x.device):
+        reasons.append(_too_old(x.device))
+    if x is not None and spec.compute_dtype not in OPERANDS:
+        reasons.append(f"compute_dtype is {spec.compute_dtype}")
+    if spec.sub_centers > MAX_SUB_CENTERS:
+        reasons.append(f"sub_centers is {spec.sub_centers}; the kernels take at most {MAX_SUB_CENTERS}")
+    return reasons
+
+
+def path() -> str:
+    """The path in use, for people."""
+    return f"CUDA C++ (mma.sync), {torch.cuda.get_device_name()}"
+
+
+def saves_o(x: Tensor, spec: Spec) -> bool:
+    """Never: the gradient of x comes from the backward's chunks."""
+    return False
+
+
+def _pack(spec: Spec) -> tuple[int | bool, ...]:
+    return (
+        CODES[spec.rule],
+        spec.unit_slope,
+        REDUCTIONS[spec.reduction],
+        spec.sub_centers,
+        spec.normalize_x,
+        spec.normalize_w,
+        OPERANDS.index(spec.compute_dtype),
+        *spec[7:11],
+    )
+
+
+def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, spec: Spec) -> Tensor:
+    check_labels(labels, spec)
+    return _ops.target_cosine.default(x, w, labels, _contiguous(index), *_pack(spec))
+
+
+def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple[Tensor, ...]:
+    check_labels(labels, spec)
+    out = _ops.sweep.default(x, w, labels, scale, tau, bias, _contiguous(index), rule_args, *_pack(spec))
+    return *out, out[0].new_empty(0)
+
+
+def sweep_loss(x, w, labels, scale, rule_args, spec: Spec, forms, loss_reduction) -> tuple[Tensor, ...]:
+    check_labels(labels, spec)
+    reduction = cpu.LOSS_REDUCTIONS.index(loss_reduction)
+    packed = (*_pack(spec), cpu.numbers(tuple(forms)), reduction)
+    out = _ops.sweep_loss.default(x, w, labels, scale, rule_args, *packed)
+    return *out, out[0].new_empty(0)
+
+
+def sweep_backward(
+    g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, kept, spec, need
+) -> tuple[Tensor, ...]:
+    return _ops.sweep_backward.default(
+        g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, _contiguous(index), rule_args, red, aux.contiguous(),
+        o_red, o_sum, *_pack(spec), need,
+    )  # fmt: skip
+
+
+def _contiguous(index: Tensor | None) -> Tensor | None:
+    return None if index is None else index.contiguous()

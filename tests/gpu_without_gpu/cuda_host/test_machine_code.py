@@ -1,0 +1,68 @@
+"""The shipped machine code of the CUDA C++ kernels, held to a budget on each architecture.
+
+Nothing is spilled, the sweeps use tensor cores and 128-bit loads, and at least one block fits a multiprocessor.
+"""
+
+import pytest
+import torch
+
+from fused_margin.spec import Want
+
+from ..proof import record
+from . import machine_code
+from .backend import emulated
+from .test_sweep_numbers import sweep
+
+SWEEPS = ("forward", "gradient")
+STACK_BUDGET = {}  # (kernel, arch): bytes a thread; what is not here may have none
+CALLS = {"loss": 40, "prologue": 40}  # bytes that libdevice's slow path of sin and cos keeps on the stack
+
+
+@pytest.fixture(scope="module")
+def rows():
+    if reason := machine_code.why_not():
+        pytest.skip(reason)
+    return machine_code.rows()
+
+
+@pytest.fixture(scope="module")
+def shared():
+    """{kernel: bytes of dynamic shared memory}, the most over the dtypes of weights, as the launches ask for it."""
+    found = {}
+
+    def run(name, text, grid, threads, argument, smem, buffers):
+        kernel = machine_code.short(name)
+        assert threads <= machine_code.THREADS_OF_BLOCK
+        found[kernel] = max(smem, found.get(kernel, 0))
+
+    for operands in (torch.float32, torch.bfloat16, torch.float16):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            for rule in ("identity", "hard"):
+                s = sweep(rule, operands, bias=False)
+                s.leaves["w"] = s.leaves["w"].detach().to(dtype).requires_grad_()
+                with emulated(None, run):
+                    red, *_ = s.run("cuda", compute_dtype=operands, want=int(Want.DX))
+                    red.sum().backward()
+    return found
+
+
+def test_every_architecture_is_there(rows):
+    assert {row.arch for row in rows} == set(machine_code.MACHINES)
+
+
+def test_budget(rows, shared):
+    for row in rows:
+        of_block = shared.get(row.kernel, 0)
+        fits = machine_code.blocks(row, of_block)
+        if row.kernel.startswith(SWEEPS):
+            memory = f"{of_block / 1024:.0f} of {machine_code.MACHINES[row.arch][3]} KB"
+            shown = {"device": row.arch, "kernel": f"`{row.kernel}`", "registers": row.registers, "stack": row.stack}
+            shown |= {"shared": memory, "blocks on a multiprocessor": fits}
+            record("cuda_resources", shown | {"HMMA": row.tensor_ops, "128-bit loads": row.wide_loads})
+            assert of_block, row
+            assert row.tensor_ops > 0, row
+            assert row.wide_loads > 0, row
+        allowed = CALLS.get(row.kernel, 0) or STACK_BUDGET.get((row.kernel, row.arch), 0)
+        assert row.stack <= allowed, row
+        assert of_block <= machine_code.MACHINES[row.arch][3] * 1024, row
+        assert fits >= 1, row
