@@ -1,4 +1,4 @@
-"""On a machine with a GPU: are the GPU backends that run there right, and how fast? `make gpu`, or `python -m bench.gpu`.
+"""On a machine with a GPU: are the GPU backends right there, and how fast? `make gpu`, or `python -m bench.gpu`.
 
 Parity first: every margin in every mode against the float64 oracle of the tests, under their error rule. Then medians
 of fused and plain PyTorch, GB/s and operations/s beside the copy and product rates measured in the same run, and peak
@@ -73,10 +73,8 @@ def arch_of(device: str) -> int | str:
 
 def backends(rehearse: bool) -> dict[str, str]:
     """The GPU backends that run here, by the names of their rows."""
-    names = {"fused": "triton", "fused-cuda": "cuda"}
-    return {
-        method: name for method, name in names.items() if not fm.why_not(name) and not (rehearse and name == "cuda")
-    }
+    names = {"fused": "triton"} if rehearse else {"fused": "triton", "fused-cuda": "cuda"}
+    return {method: name for method, name in names.items() if not fm.why_not(name)}
 
 
 def parity(device: str, rehearse: bool) -> Iterator[tuple[str, list[str]]]:
