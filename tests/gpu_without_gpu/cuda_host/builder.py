@@ -50,7 +50,7 @@ def headers() -> bytes:
 
 
 def _compile(source: Path, flags: tuple[str, ...]) -> Path:
-    key = hashlib.sha256(headers() + source.read_bytes() + "\n".join(flags).encode()).hexdigest()[:16]
+    key = hashlib.sha256(headers() + source.read_bytes() + "\n".join((str(source), *flags)).encode()).hexdigest()[:16]
     return _made(
         CACHE / f"{source.stem}-{key}.o",
         [*flags, f"-I{HERE / 'simulator'}", f"-I{CSRC}", "-x", "c++", "-c", str(source)],
