@@ -1,4 +1,4 @@
-"""On a machine with a GPU: is the Triton backend right there, and how fast? `make gpu`, or `python -m bench.gpu`.
+"""On a machine with a GPU: are the GPU backends right there, and how fast? `make gpu`, or `python -m bench.gpu`.
 
 Parity first: every margin in every mode against the float64 oracle of the tests, under their error rule. Then medians
 of fused and plain PyTorch, GB/s and operations/s beside the copy and product rates measured in the same run, and peak
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -70,25 +71,30 @@ def arch_of(device: str) -> int | str:
     return 10 * major + minor
 
 
+def backends(rehearse: bool) -> dict[str, str]:
+    """The GPU backends that run here, by the names of their rows."""
+    names = {"fused": "triton"} if rehearse else {"fused": "triton", "fused-cuda": "cuda"}
+    return {method: name for method, name in names.items() if not fm.why_not(name)}
+
+
 def parity(device: str, rehearse: bool) -> Iterator[tuple[str, list[str]]]:
-    """(what, broken limits) for each margin, mode and shape."""
+    """(what, broken limits) for each backend, margin and mode, over all shapes."""
     shapes = [(20, 70, 32)] if rehearse else PARITY
     margins = ["arcface_linear", "sv_cosface"] if rehearse else list(problems.MARGINS)
     modes = ["fp32", "bf16"] if rehearse else [name for name in problems.MODES if name != "fp64"]
-    for margin in margins:
-        for mode in modes:
-            rule = problems.ErrorRule()
-            for seed, shape in enumerate(shapes):
-                p = problems.problem(problems.MARGINS[margin], problems.MODES[mode], *shape, seed)
-                there = replace(
-                    p,
-                    labels=p.labels.to(device),
-                    upstream=p.upstream.to(device),
-                    tensors={name: t.to(device) for name, t in p.tensors.items()},
-                )
-                got = {name: t.cpu() for name, t in problems.run(there, "triton").items()}
-                rule.add_all(got, problems.plain(p), problems.exact(p))
-            yield f"{margin}, {mode}", rule.failures()
+    for backend, margin, mode in itertools.product(backends(rehearse).values(), margins, modes):
+        rule = problems.ErrorRule()
+        for seed, shape in enumerate(shapes):
+            p = problems.problem(problems.MARGINS[margin], problems.MODES[mode], *shape, seed)
+            there = replace(
+                p,
+                labels=p.labels.to(device),
+                upstream=p.upstream.to(device),
+                tensors={name: t.to(device) for name, t in p.tensors.items()},
+            )
+            got = {name: t.cpu() for name, t in problems.run(there, backend).items()}
+            rule.add_all(got, problems.plain(p), problems.exact(p))
+        yield f"{backend}, {margin}, {mode}", rule.failures()
 
 
 def rates(device: str, rehearse: bool) -> tuple[float, dict[str, float]]:
@@ -105,8 +111,8 @@ def rates(device: str, rehearse: bool) -> tuple[float, dict[str, float]]:
     return 2 * size / best, products
 
 
-def fused(case: Case, inputs: Inputs) -> Run:
-    head = partial(fm.functional.margin_cross_entropy, margin=FUSED_MARGINS[case.margin], scale=SCALE, backend="triton")
+def fused(backend: str, case: Case, inputs: Inputs) -> Run:
+    head = partial(fm.functional.margin_cross_entropy, margin=FUSED_MARGINS[case.margin], scale=SCALE, backend=backend)
     return Run(case, lambda: head(*inputs), inputs.embeddings, inputs.weight)
 
 
@@ -126,7 +132,8 @@ def measure(case: Case, arch: int | str, copy: float, product: float, rehearse: 
     inputs = inputs_of(case)
     want = gate.expected(case, inputs)
     others = () if rehearse else ("eager", "torch-compile")
-    builders = {"fused": fused, **{name: partial(METHODS[name].build, peers=Peers()) for name in others}}
+    builders = {method: partial(fused, backend) for method, backend in backends(rehearse).items()}
+    builders |= {name: partial(METHODS[name].build, peers=Peers()) for name in others}
     for name, build in builders.items():
         try:
             run = build(case, inputs)
@@ -148,7 +155,7 @@ def measure(case: Case, arch: int | str, copy: float, product: float, rehearse: 
         finally:
             inputs.embeddings.grad = inputs.weight.grad = None
         row = Row(*key, name, "ok", *(t * 1e3 for t in times), peak_mb=peak)
-        if name == "fused":
+        if name == "fused":  # the model of bytes and operations is of Triton's launches
             moved, flops = totals_elsewhere(arch, *key[:3], half=case.dtype == "bf16")
             row.gb_per_s, row.of_copy = moved / times.median / 1e9, moved / times.median / copy
             row.tflop_per_s, row.of_product = flops / times.median / 1e12, flops / times.median / product

@@ -101,7 +101,7 @@ __device__ __forceinline__ int64_t lower_bound(const int* sorted, int64_t n, int
   return low;
 }
 
-__global__ void __launch_bounds__(kRowThreads) finish_weights_kernel(const FinishWeights f) {
+__global__ void __launch_bounds__(kRowThreads, 4) finish_weights_kernel(const FinishWeights f) {
   const Problem& p = f.p;
   const int64_t local = row_of_warp();
   if (local >= f.rows) return;

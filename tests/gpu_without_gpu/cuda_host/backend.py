@@ -25,6 +25,7 @@ from .. import ptx as emulator
 from . import builder
 
 KERNELS = tuple(sorted((builder.CSRC / "cuda").glob("*.cu")))
+replaced: dict[Path, Path] = {}  # of KERNELS, see planted.py
 _OPERATORS = builder.CSRC / "cuda" / "ops.cpp"
 _ENTRIES = ("target_cosine", "sweep", "sweep_loss", "sweep_backward")
 _HOOK = ctypes.CFUNCTYPE(
@@ -44,7 +45,7 @@ def path() -> Path:
     link = [f"-L{d}" for d in cpp_extension.library_paths()]
     flags = (*_torch_flags(), "-include", str(builder.HERE / "simulator" / "allocations.h"))
     of_torch = dict.fromkeys((_OPERATORS, builder.HERE / "backend.cpp"), flags)
-    sources = [*of_torch, *KERNELS]
+    sources = [*of_torch, *(replaced.get(kernel, kernel) for kernel in KERNELS)]
     return builder.build(*sources, sanitizer=builder.sanitizer_in_use(), more=of_torch, link=(*link, "-ltorch_cpu"))
 
 

@@ -40,7 +40,7 @@ def _run(*command: str) -> subprocess.CompletedProcess:
 
 
 @functools.cache
-def _headers() -> bytes:
+def headers() -> bytes:
     """What any source may include, and the compiler."""
     digest = hashlib.sha256(_run(GXX, "--version").stdout)
     for folder in (HERE, CSRC):
@@ -50,7 +50,7 @@ def _headers() -> bytes:
 
 
 def _compile(source: Path, flags: tuple[str, ...]) -> Path:
-    key = hashlib.sha256(_headers() + source.read_bytes() + "\n".join(flags).encode()).hexdigest()[:16]
+    key = hashlib.sha256(headers() + source.read_bytes() + "\n".join((str(source), *flags)).encode()).hexdigest()[:16]
     return _made(
         CACHE / f"{source.stem}-{key}.o",
         [*flags, f"-I{HERE / 'simulator'}", f"-I{CSRC}", "-x", "c++", "-c", str(source)],
@@ -95,7 +95,7 @@ def ptx(source: Path, arch: int) -> str:
     """What nvcc makes of a .cu file, with the flags of setup.py."""
     flags = (f"-arch=sm_{arch}", *NVCC_FLAGS)
     version = _run(NVCC, "--version").stdout
-    key = hashlib.sha256(_headers() + version + source.read_bytes() + "\n".join(flags).encode()).hexdigest()[:16]
+    key = hashlib.sha256(headers() + version + source.read_bytes() + "\n".join(flags).encode()).hexdigest()[:16]
     return _made(CACHE / f"{source.stem}-{key}.ptx", [*flags, "-ptx", str(source)], NVCC).read_text()
 
 

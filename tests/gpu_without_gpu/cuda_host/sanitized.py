@@ -41,9 +41,9 @@ def why_not(sanitizer: str) -> str:
 
 
 def run(sanitizer: str, *arguments: str, timeout: int = 600) -> Report:
-    """`python ARGUMENTS` from the root of the repository; builder.load takes libraries of the sanitizer there."""
+    """`python ARGUMENTS` from the root of the repository; builder takes libraries of the sanitizer ("": none) there."""
     # libstdc++ beside it, as Python does not bring it before the sanitizer looks for it.
-    preload = f"{_library(f'lib{sanitizer[0]}san.so')} {_library('libstdc++.so.6')}"
+    preload = f"{_library(f'lib{sanitizer[0]}san.so')} {_library('libstdc++.so.6')}" if sanitizer else ""
     with tempfile.TemporaryDirectory() as folder:
         log = f"{folder}/report"
         options = {
@@ -52,7 +52,8 @@ def run(sanitizer: str, *arguments: str, timeout: int = 600) -> Report:
             "TSAN_OPTIONS": f"exitcode={REPORTED}:log_path={log}",
         }
         variables = {**ENVIRONMENT, **options, "FUSED_MARGIN_SANITIZER": sanitizer, "LD_PRELOAD": preload}
-        command = ["setarch", "-R", "env", *(f"{k}={v}" for k, v in variables.items()), sys.executable, *arguments]
+        fixed = ["setarch", "-R"] if sanitizer else []
+        command = [*fixed, "env", *(f"{k}={v}" for k, v in variables.items()), sys.executable, *arguments]
         done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True, timeout=timeout)
         found = "\n".join(p.read_text(errors="replace") for p in sorted(Path(folder).glob("report*")))
     return Report(done.returncode, done.stdout + done.stderr, found)

@@ -11,11 +11,12 @@ from ...cases import MARGINS, MODES, problem
 from ...error_rule import ErrorRule
 from ..sweep_cases import HEADS, OPERANDS, Sweep, combinations
 from .backend import simulated
+from .builder import sanitizer_in_use
 
 CLASSES = 150
 DIMS = {20: 20, 32: 72, 37: 101}  # in place of Triton's, whose slices are shorter
 SEEDS = range(6)
-DRAWS = 24  # in 16 bit
+DRAWS = 24 if not sanitizer_in_use() else 2  # in 16 bit
 
 
 def sweep(rule, operands, layout="plain", bias=True, dim=72, seed=0, **options):
@@ -29,7 +30,8 @@ def test_sweep(rule, operands, reduction, part, unit_slope, layout, bias, dim):
     for seed in range(1 if operands == torch.float32 else DRAWS):
         with simulated(seed, programs=1 + seed % 3, chunk=64):
             sweep(rule, operands, layout, bias, DIMS[dim], seed).check(reduction, unit_slope, parts, pooled)
-    pooled.check()
+    if not sanitizer_in_use():
+        pooled.check()
 
 
 def draws(margin, mode, count=2, **options):
