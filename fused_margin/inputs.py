@@ -8,6 +8,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .labels import check_labels
 from .margins import Margin, PerClass, PerSample, RowParameter
 from .scales import ScaleRule
 from .shard import ALL_CLASSES, Shard
@@ -77,22 +78,6 @@ def check_tensors(
         raise ValueError(f"weight has {weight.shape[0]} rows, no multiple of sub_centers = {sub_centers}")
     if bias is not None and (bias.shape != (classes,) or bias.dtype not in FLOATS):
         raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; expected floats [{classes}], one a class")
-
-
-def check_labels(labels: Tensor, rows: int) -> None:
-    """Raises for what are no class numbers [B]; their range is the operator's to check."""
-    if labels.dim() == 2 and labels.is_floating_point():
-        raise TypeError(
-            f"labels are a matrix {list(labels.shape)} of {labels.dtype}; expected class numbers [B]. For mixup, call "
-            "the loss once for each of the two label vectors and add: lam * loss(e, a) + (1 - lam) * loss(e, b)"
-        )
-    if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
-        raise TypeError(f"labels are {labels.dtype}; expected integers, as in labels.long()")
-    if labels.shape != (rows,):
-        hint = ""
-        if labels.dim() == 2:
-            hint = "; use labels.squeeze(1)" if labels.shape[1] == 1 else "; for one-hot rows use labels.argmax(1)"
-        raise ValueError(f"labels have shape {list(labels.shape)}; expected [{rows}], one a row{hint}")
 
 
 def check_scale(scale: RowParameter | str | ScaleRule | None) -> None:

@@ -89,6 +89,9 @@ LOSS_MUTANTS = [
         ("elastic_plus_order", "near.argsort(descending=True).argsort()", "near.argsort(descending=True)"),
         ("adam_penalty", "self.weight * (1 - self.mean)", "self.weight * self.mean"),
         ("kappa_weight", "self.gamma * spread + (1 - self.gamma)", "self.gamma * spread + self.gamma"),
+        ("kappa_takes_nan_in", "torch.linalg.vector_norm(x, dim=1).isfinite()", "True"),
+        ("kappa_counts_ignored_rows", "classes, valid.to(self.seen.dtype)", "classes, torch.ones_like(x[:, 0])"),
+        ("kappa_of_one_class", "correction=min(1, len(kappa) - 1)", "correction=1"),
         ("counts_power", "clamp_min(1) ** -power", "clamp_min(1) ** (-2 * power)"),
     ),
     *_in(
@@ -152,6 +155,8 @@ LOSS_MUTANTS = [
             "if False:\n        raise TypeError",
         ),
         ("scalars_that_learn_nothing", "if isinstance(inner, Tensor) and inner.requires_grad:", "if False:"),
+        ("counts_below_0", "(counts >= 0)", "(counts >= -9)"),
+        ("counts_all_0", "if not counts.any():", "if False:"),
     ),
     *_in(
         "fused_margin/functional.py",
@@ -166,6 +171,14 @@ LOSS_MUTANTS = [
         ("scale_of_products", "margin.default_scale if normalize_x and normalize_w else 1.0", "margin.default_scale"),
         ("scale_the_same_for_all", "scale = margin.default_scale if", "scale = 64.0 if"),
         ("number_where_the_norm_is_the_scale", "margin.norm_as_scale is True and not by_norm", "False"),
+    ),
+    *_in(
+        "fused_margin/labels.py",
+        (
+            "centres_of_any_label",
+            "    check_range(labels, Spec(num_classes=num_classes, ignore_index=ignore_index))\n",
+            "    labels = labels.clamp(-100, num_classes - 1)\n",
+        ),
     ),
     *_in(
         "fused_margin/state.py",
@@ -219,11 +232,7 @@ LOSS_MUTANTS = [
             "apart = torch.where(valid[:, None], x - self.centers[rows], 0)",
             "apart = 0.5 * torch.where(valid[:, None], x - self.centers[rows], 0)",
         ),
-        (
-            "centres_of_any_label",
-            "        check_range(labels, Spec(num_classes=len(self.centers), ignore_index=self.ignore_index))\n",
-            "        labels = labels.clamp(-100, len(self.centers) - 1)\n",
-        ),
+        ("centres_take_nan_in", "valid = valid & apart.isfinite().all(1)", "valid = valid.clone()"),
         (
             "contrastive_of_distances",
             "pml.losses.ContrastiveLoss(0.0, margin, distance=pml.distances.LpDistance(power=2))",
@@ -234,6 +243,8 @@ LOSS_MUTANTS = [
             "    distance = pml.distances.LpDistance(power=2)\n",
             "    distance = pml.distances.LpDistance(power=1)\n",
         ),
+        ("pairs_of_ignored_rows", "valid = labels != self.ignore_index", "valid = labels == labels"),
+        ("pairs_of_negative_labels", "if negative.any():", "if False:"),
         ("triplet_without_its_miner", "None if self.miner is None else self.miner(embeddings, labels)", "None"),
     ),
     *_in(

@@ -109,6 +109,15 @@ def test_a_schedule_waits_for_nothing():
             warm_up.step()
 
 
+def test_centres_and_kappa_wait_for_nothing():
+    centers, kappa = fm.CenterLoss(D, C).to("meta"), fm.KappaFace(torch.ones(C), D).to("meta")
+    x, labels = torch.empty(B, D, device="meta", requires_grad=True), torch.empty(B, dtype=torch.long, device="meta")
+    with no_waiting():
+        centers(x, labels).backward()
+        kappa.observe(x, labels)
+        kappa.end_epoch()
+
+
 def _reads(c):
     return c - float(c.mean())
 

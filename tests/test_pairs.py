@@ -41,7 +41,11 @@ def test_center_loss():
 
 BAD_LABELS = {
     "too large": (torch.tensor([0, 4, 1]), RuntimeError, r"labels\[1\] = 4 is outside \[0, 4\)"),
-    "negative": (torch.tensor([0, 1, -1]), RuntimeError, r"labels\[2\] = -1 is outside .* not ignore_index = -100"),
+    "negative": (
+        torch.tensor([0, 1, -1]),
+        RuntimeError,
+        r"labels\[2\] = -1 is (outside|below 0) .* not ignore_index",
+    ),
     "floats": (torch.tensor([0.0, 1.0, 2.0]), TypeError, r"labels are torch\.float32; expected integers"),
     "bool": (torch.tensor([True, False, True]), TypeError, r"labels are torch\.bool; expected integers"),
     "few": (torch.tensor([0, 1]), ValueError, r"labels have shape \[2\]; expected \[3\]"),
@@ -75,6 +79,19 @@ def test_center_loss_of_other_dtypes(dtype, floats):
     (grad,) = torch.autograd.grad(got, given)
     assert grad.dtype == floats
     assert one(given.detach(), labels.to(dtype)).item() < got.item(), "the centres have come nearer"
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_centres_take_in_finite_rows_only(bad):
+    """The loss says that something is wrong; the centres move as if that row were not there."""
+    x, labels = batch()
+    one, two = (fm.CenterLoss(5, 4) for _ in range(2))
+    broken = x.detach().clone()
+    broken[5, 2] = bad
+    assert not one(broken, labels).isfinite()
+    rest = torch.arange(12) != 5
+    two(x.detach()[rest], labels[rest])
+    torch.testing.assert_close(one.centers, two.centers, rtol=1e-6, atol=1e-7)
 
 
 def test_center_loss_with_a_head():
@@ -128,6 +145,37 @@ def test_triplet(mining):
     assert found
     got = fm.pairs.triplet(0.2, mining)(x, labels)
     torch.testing.assert_close(got, torch.stack(found).mean(), rtol=1e-4, atol=1e-5)
+
+
+PAIRS = {"contrastive": lambda **o: fm.pairs.contrastive(**o), "triplet": lambda **o: fm.pairs.triplet(1.0, "all", **o)}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs_leave_out_ignored_rows(name):
+    """Two ignored rows are no pair, nor is one with another row; what is in them, also nan, does not matter."""
+    x, labels = batch()
+    rest = torch.ones(12, dtype=torch.bool).index_fill_(0, torch.tensor([2, 5, 9]), False)
+    with torch.no_grad():
+        x[2] = torch.nan
+    for ignored in (-100, 7):
+        loss = PAIRS[name](ignore_index=ignored)
+        got, expected = loss(x, torch.where(rest, labels, ignored).int()), loss(x[rest], labels[rest])
+        assert expected > 0
+        torch.testing.assert_close(got, expected)
+        (grad,) = torch.autograd.grad(got, x)
+        assert not grad[~rest].any()
+        assert grad[rest].any()
+        none = loss(x, torch.full_like(labels, ignored))
+        assert none.item() == 0
+        assert not torch.autograd.grad(none, x)[0].any()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("bad", [name for name in BAD_LABELS if name != "too large"])  # no number of classes is known
+def test_pairs_refuse_labels(name, bad):
+    labels, error, message = BAD_LABELS[bad]
+    with pytest.raises(error, match=message):
+        PAIRS[name]()(torch.ones(3, 5), labels)
 
 
 def test_errors(monkeypatch):

@@ -230,6 +230,44 @@ def test_kappa_after_an_epoch():
     torch.testing.assert_close(margin.margins(), 0.8 * w)
 
 
+def test_kappa_leaves_out_rows_that_are_ignored_or_not_finite():
+    g = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(30, 4, generator=g), torch.arange(30) % 3
+    one, two = (fm.KappaFace(torch.tensor([5, 2, 9]), 4) for _ in range(2))
+    broken, marked, out = x.clone(), labels.int(), torch.tensor([3, 10, 20, 27])
+    broken[3, 1], broken[10, 2], marked[20], marked[27], broken[27] = torch.inf, torch.nan, -100, -100, torch.nan
+    rest = torch.ones(30, dtype=torch.bool).index_fill_(0, out, False)
+    one.observe(broken, marked)
+    two.observe(x[rest], labels[rest])
+    assert one.seen.sum() == 26
+    torch.testing.assert_close((one.sums, one.seen), (two.sums, two.seen), rtol=1e-6, atol=1e-6)
+
+
+def test_kappa_of_one_class():
+    margin = fm.KappaFace(torch.tensor([5]), 4)
+    margin.observe(torch.randn(6, 4), torch.zeros(6, dtype=torch.long))
+    margin.end_epoch()
+    assert margin.kappa.tolist() == [0]
+    expected = 0.8 * (0.7 * 0.5 + 0.3 * (math.cos(math.pi / 1.05) + 1) / 2)
+    assert margin.margins().item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "size, labels, error, message",
+    [
+        (5, [0, 1], ValueError, r"embeddings have shape \[2, 5\]; expected \[B, 4\]"),
+        (4, [0, 3], RuntimeError, r"labels\[1\] = 3 is outside \[0, 3\)"),
+        (4, [0.0, 1.0], TypeError, r"labels are torch\.float32; expected integers"),
+        (4, [0], ValueError, r"labels have shape \[1\]; expected \[2\]"),
+    ],
+)
+def test_kappa_refuses(size, labels, error, message):
+    margin = fm.KappaFace(torch.tensor([5, 2, 9]), 4)
+    with pytest.raises(error, match=message):
+        margin.observe(torch.ones(2, size), torch.tensor(labels))
+    assert not margin.seen.any()
+
+
 def test_adacos_on_the_head(batch):
     module = head(fm.NormFace(), scale=fm.AdaCos(C))
     module(*batch)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..angles import safe_angle
+from ..labels import classes_of
 from ..rules import Rule
 from .angular import TAILS, ArcFace, largest
 from .base import Margin, RowStats, StatefulMargin
@@ -223,7 +224,7 @@ def margins_by_count(counts: Tensor, low: float = 0.05, high: float = 0.5, power
     """Margins that are larger for rarer classes.
 
     Equivalent to: `r = counts ** -power; low + (high - low) * (r - r.min()) / (r.max() - r.min())`
-    Args: counts [C], samples of each class, at least 1. Use: `fm.ArcFace(fm.margins_by_count(counts))`.
+    Args: counts [C], samples of each class, not all 0; 0 is read as 1. Use: `fm.ArcFace(fm.margins_by_count(counts))`.
     Source: Ha et al. 2020, sub-centre ArcFace with dynamic margins (arXiv 2010.05350); there s = 80, three sub-centres.
     """
     number("low", low, 0)
@@ -242,8 +243,8 @@ class KappaFace(StatefulMargin):
     standardised over the classes.
     Call `observe(embeddings, labels)` in each step and `end_epoch()` after each epoch, which sets the margins; until
     the first end_epoch all k are 0.
-    Args: counts [C] samples of each class; m (0.8), temperature T (0.4), gamma (0.7). State: `kappa`, and the sums of
-        the running epoch.
+    Args: counts [C] samples of each class, not all 0; m (0.8), temperature T (0.4), gamma (0.7). State: `kappa`, and
+        the sums of the running epoch.
     Source: Oinar et al. 2023, KappaFace (arXiv 2201.07394) and its code, which takes w = 0.5 for all classes before the
     first end_epoch; s = 64.
     """
@@ -275,17 +276,26 @@ class KappaFace(StatefulMargin):
         self.register_buffer("seen", torch.zeros_like(counts))
 
     @torch.no_grad()
-    def observe(self, embeddings: Tensor, labels: Tensor) -> None:
-        """Takes in the embeddings [B, D] of a step; ignored rows must be left out."""
-        self.sums.index_add_(0, labels, F.normalize(embeddings, dim=1).to(self.sums))
-        self.seen.index_add_(0, labels, torch.ones_like(labels, dtype=self.seen.dtype))
+    def observe(self, embeddings: Tensor, labels: Tensor, ignore_index: int = -100) -> None:
+        """Takes in the embeddings [B, D] of a step, without the rows that are ignored or not finite."""
+        if embeddings.dim() != 2 or embeddings.shape[1] != self.sums.shape[1]:
+            raise ValueError(
+                f"embeddings have shape {list(embeddings.shape)}; expected [B, {self.sums.shape[1]}], as "
+                f"KappaFace(counts, {self.sums.shape[1]}) says: pass its embedding_size as that of the head"
+            )
+        classes, valid = classes_of(labels, len(embeddings), len(self.counts), ignore_index)
+        x = embeddings.to(self.sums.dtype)
+        valid = valid & torch.linalg.vector_norm(x, dim=1).isfinite()
+        self.sums.index_add_(0, classes, torch.where(valid[:, None], F.normalize(x, dim=1), 0))
+        self.seen.index_add_(0, classes, valid.to(self.seen.dtype))
 
     @torch.no_grad()
     def end_epoch(self) -> None:
         """Sets the concentrations from what was observed, and starts anew."""
         r = torch.linalg.vector_norm(self.sums / self.seen.clamp_min(1)[:, None], dim=1).clamp(0, 1 - 1e-6)
         kappa = r * (self.sums.shape[1] - r**2) / (1 - r**2)
-        self.kappa.copy_((kappa - kappa.mean()) / kappa.std().clamp_min(1e-6))
+        deviation = kappa.std(correction=min(1, len(kappa) - 1))  # of one class 0, and so is its kappa
+        self.kappa.copy_((kappa - kappa.mean()) / deviation.clamp_min(1e-6))
         self.sums.zero_()
         self.seen.zero_()
 

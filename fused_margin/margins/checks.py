@@ -61,6 +61,19 @@ def class_counts(counts: Tensor) -> Tensor:
     counts = torch.as_tensor(counts).to(torch.get_default_dtype())
     if counts.dim() != 1 or not counts.numel():
         raise ValueError(f"counts have shape {list(counts.shape)}; expected [C], the number of samples of each class")
+    if counts.is_meta:  # no values to read
+        return counts
+    bad = ~(counts.isfinite() & (counts >= 0))
+    if bad.any():
+        row = int(bad.nonzero()[0])
+        raise ValueError(
+            f"counts[{row}] = {counts[row].item():g}; expected the number of samples of class {row}, 0 or more"
+        )
+    if not counts.any():
+        raise ValueError(
+            f"counts are all 0; expected samples of at least one of the {len(counts)} classes: "
+            "use torch.bincount(labels, minlength=C)"
+        )
     return counts
 
 
