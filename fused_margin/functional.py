@@ -194,7 +194,7 @@ def _by_torch(
     out, margin, stats = _sweep(head._replace(spec=spec), margin, s, bias, found, return_stats)
     loss = margin.row_loss(out)
     by = softplus(out.red - out.z) if extras.mining is not None and margin.softmax else loss  # what mining looks at
-    loss = rows.smoothed(loss, out, extras.smoothing, shard.swept(spec))
+    loss = rows.smoothed(loss, out, margin, extras.smoothing, shard.swept(spec))
     return rows.reduced(loss, labels, head.valid, spec.num_classes, extras, by, margin.penalty()), stats
 
 
