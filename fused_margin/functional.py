@@ -108,7 +108,9 @@ def margin_cross_entropy(
     inputs.check_fit(margin, normalize_embeddings, normalize_weight, bias, sub_centers)
     rows.check_reduction(reduction)
     scale = inputs.scale_of(scale, margin, normalize_embeddings, normalize_weight)
-    rows.check_extras(label_smoothing, mining, sample_weight, margin.softmax)
+    rows.check_extras(label_smoothing, mining, margin.softmax)
+    inputs.check_weights("sample_weight", sample_weight, len(labels), "row")
+    inputs.check_weights("class_weight", class_weight, shard.count(weight, sub_centers), "class")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index = {ignore_index!r}; expected an integer, as -100")
     spec = Spec(

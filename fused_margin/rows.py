@@ -106,7 +106,7 @@ def check_reduction(reduction: str) -> None:
     choice("reduction", reduction, REDUCTIONS)
 
 
-def check_extras(smoothing: float, mining: Mining | None, weights: Tensor | None, softmax: bool) -> None:
+def check_extras(smoothing: float, mining: Mining | None, softmax: bool) -> None:
     """Raises for what the row work cannot take."""
     number("label_smoothing", smoothing, 0, 1 - 1e-6)
     if smoothing and not softmax:
@@ -115,8 +115,6 @@ def check_extras(smoothing: float, mining: Mining | None, weights: Tensor | None
         raise TypeError(f"mining: got {mining!r}; expected fm.Focal(), fm.HardRows() or None")
     if isinstance(mining, Focal) and not softmax:
         raise ValueError("fm.Focal takes p of a softmax, and this loss has none: expected fm.HardRows or None")
-    if weights is not None and not isinstance(weights, Tensor):
-        raise TypeError(f"weights: got {type(weights).__name__}; expected a tensor")
 
 
 def smoothed(loss: Tensor, out: Outcome, margin: Margin, smoothing: float, num_classes: int) -> Tensor:
