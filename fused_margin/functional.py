@@ -108,7 +108,9 @@ def margin_cross_entropy(
     inputs.check_fit(margin, normalize_embeddings, normalize_weight, bias, sub_centers)
     rows.check_reduction(reduction)
     scale = inputs.scale_of(scale, margin, normalize_embeddings, normalize_weight)
-    rows.check_extras(label_smoothing, mining, sample_weight, margin.softmax)
+    rows.check_extras(label_smoothing, mining, margin.softmax)
+    inputs.check_weights("sample_weight", sample_weight, len(labels), "row")
+    inputs.check_weights("class_weight", class_weight, shard.count(weight, sub_centers), "class")
     if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
         raise TypeError(f"ignore_index = {ignore_index!r}; expected an integer, as -100")
     spec = Spec(
@@ -194,7 +196,7 @@ def _by_torch(
     out, margin, stats = _sweep(head._replace(spec=spec), margin, s, bias, found, return_stats)
     loss = margin.row_loss(out)
     by = softplus(out.red - out.z) if extras.mining is not None and margin.softmax else loss  # what mining looks at
-    loss = rows.smoothed(loss, out, extras.smoothing, shard.swept(spec))
+    loss = rows.smoothed(loss, out, margin, extras.smoothing, shard.swept(spec))
     return rows.reduced(loss, labels, head.valid, spec.num_classes, extras, by, margin.penalty()), stats
 
 

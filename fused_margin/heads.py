@@ -89,8 +89,9 @@ class MarginHead(KeepsPrecision):
             self._hold("scale", scale)
         else:
             self.scale = scale
+        inputs.check_weights("class_weight", class_weight, num_classes, "class")
+        rows.check_extras(label_smoothing, mining, margin.softmax)
         self._hold("class_weight", class_weight)
-        rows.check_extras(label_smoothing, mining, class_weight, margin.softmax)
         self.margin_module = margin.module()  # its parameters and its state are the head's
         if self.margin_module is not None:
             self.margin_module.to(self.weight.device)

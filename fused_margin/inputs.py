@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from .labels import check_labels
-from .margins import Margin, PerClass, PerSample, RowParameter
+from .margins import CosFace, Margin, PerClass, PerSample, RowParameter
+from .margins.checks import parameter
 from .scales import ScaleRule
 from .shard import ALL_CLASSES, Shard
 
@@ -29,6 +30,8 @@ def check_fit(margin: Margin, normalize_x: bool, normalize_w: bool, bias: Tensor
             f"{name} works on products of raw rows: pass normalize_embeddings=False, normalize_weight=False, scale=1, "
             "sub_centers=1"
         )
+    if isinstance(margin, CosFace) and normalize_x and normalize_w:
+        parameter("m", margin.m, -2, 2, "two cosines differ by 2 at most")
     if bias is not None and (margin.reduction != "logsumexp" or margin.bias() is not None):
         raise ValueError(f"{name} has a bias of its own; expected bias=None")
 
@@ -80,6 +83,16 @@ def check_tensors(
         raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; expected floats [{classes}], one a class")
 
 
+def check_weights(name: str, weights: Tensor | None, count: int, of: str) -> None:
+    """Raises for what are no weights of the rows or of the classes."""
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"{name}: got {type(weights).__name__}; expected a tensor, as torch.as_tensor({name}) gives")
+    if weights.shape != (count,):
+        raise ValueError(f"{name}: got a tensor of shape {list(weights.shape)}; expected [{count}], one a {of}")
+
+
 def check_scale(scale: RowParameter | str | ScaleRule | None) -> None:
     """Raises for what can never be a scale; the values of tensors are not read."""
     if scale is None or isinstance(scale, (Tensor, PerClass, PerSample, ScaleRule)):
@@ -102,6 +115,18 @@ def scale_of(
     if scale is None:
         scale = margin.default_scale if normalize_x and normalize_w else 1.0
     name, by_norm = type(margin).__name__, isinstance(scale, str)
+    if isinstance(scale, ScaleRule) and "cos_y" in scale.needs and not (normalize_x and normalize_w):
+        raise ValueError(
+            f"scale = {type(scale).__name__} takes the angles of the targets, and without normalize_embeddings and "
+            "normalize_weight products are no cosines; expected both, or a number"
+        )
+    if margin.products and (by_norm or (isinstance(scale, Real) and scale != 1)):
+        raise ValueError(f"scale = {scale!r} with {name}, which works on raw products; expected scale=1 or None")
+    if by_norm and not normalize_x:
+        raise ValueError(
+            "scale = 'norm' with normalize_embeddings=False: the products have the norm of x in them already; "
+            "expected normalize_embeddings=True, or scale=1"
+        )
     if margin.norm_as_scale is True and not by_norm:
         raise ValueError(f"scale = {scale!r} with {name}, whose scale is the norm of x; expected scale='norm' or None")
     if margin.norm_as_scale is False and by_norm:

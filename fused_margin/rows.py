@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .margins import GRADIENTS, Outcome, PerClass, PerSample
+from .margins import GRADIENTS, Margin, Outcome, PerClass, PerSample
 from .margins.checks import choice, number
 from .margins.parameters import gather_rows
 
@@ -106,7 +106,7 @@ def check_reduction(reduction: str) -> None:
     choice("reduction", reduction, REDUCTIONS)
 
 
-def check_extras(smoothing: float, mining: Mining | None, weights: Tensor | None, softmax: bool) -> None:
+def check_extras(smoothing: float, mining: Mining | None, softmax: bool) -> None:
     """Raises for what the row work cannot take."""
     number("label_smoothing", smoothing, 0, 1 - 1e-6)
     if smoothing and not softmax:
@@ -115,13 +115,19 @@ def check_extras(smoothing: float, mining: Mining | None, weights: Tensor | None
         raise TypeError(f"mining: got {mining!r}; expected fm.Focal(), fm.HardRows() or None")
     if isinstance(mining, Focal) and not softmax:
         raise ValueError("fm.Focal takes p of a softmax, and this loss has none: expected fm.HardRows or None")
-    if weights is not None and not isinstance(weights, Tensor):
-        raise TypeError(f"weights: got {type(weights).__name__}; expected a tensor")
 
 
-def smoothed(loss: Tensor, out: Outcome, smoothing: float, num_classes: int) -> Tensor:
-    """The cross-entropy against (1 - eps) one-hot + eps / C, from the plain one."""
-    return loss + smoothing * (out.z - (out.z + out.sum_u) / num_classes) if smoothing else loss
+def smoothed(loss: Tensor, out: Outcome, margin: Margin, smoothing: float, num_classes: int) -> Tensor:
+    """The cross-entropy against (1 - eps) one-hot + eps / C, times the margin's factor, from the plain one times it."""
+    if not smoothing:
+        return loss
+    if not margin.smoothable():
+        raise ValueError(
+            f"label_smoothing = {smoothing} with {type(margin).__name__}, which has a row_loss of its own; expected "
+            "label_smoothing=0, or a margin that defines row_factor(self, out), what its row_loss multiplies the "
+            "cross-entropy with"
+        )
+    return loss + margin.row_factor(out) * smoothing * (out.z - (out.z + out.sum_u) / num_classes)
 
 
 def _weights(labels: Tensor, valid: Tensor, num_classes: int, dtype: torch.dtype, extras: Extras) -> Tensor | float:

@@ -94,7 +94,9 @@ class MarginSchedule:
 
     Args: head: a MarginHead; name: the parameter as the margin calls it ("m", "t", "base.m", "lam"), or "scale";
         schedule: a function of the step, which starts at 0. Its state_dict is the step.
-    Errors: a name that the head has no tensor of; a number that the margin would not take, when it is to be written.
+    Errors: a name that the head has no tensor of; a number that the margin would not take, when it is to be written; a
+        tensor of more than one number, or one that learns. Numbers are checked by themselves, as other tensors are
+        not read: that `EqM`'s t2 stays below a t1 that is a tensor too is the caller's to see to.
     """
 
     def __init__(self, head: nn.Module, name: str, schedule: Schedule) -> None:
@@ -124,6 +126,16 @@ class MarginSchedule:
     @torch.no_grad()
     def _write(self) -> None:
         tensor, value = self._tensor(), self.value
+        if tensor.dim():
+            raise ValueError(
+                f"{self.name} has shape {list(tensor.shape)}; a schedule writes one number over all of them: "
+                f"expected a 0-dim tensor, as in {self.name.rpartition('.')[2]}=torch.tensor(0.5)"
+            )
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{self.name} learns, and a schedule would overwrite what it learned; expected a tensor without "
+                "gradient: drop the schedule, or pass a tensor in place of the nn.Parameter"
+            )
         if self.name == "scale":
             number("scale", value, 1e-9)
         else:

@@ -30,6 +30,7 @@ class Dense(NamedTuple):
     p: dict[str, Tensor]  # the margin's parameters
     draws: torch.dtype  # in which random numbers are drawn
     detached: bool
+    smoothing: float = 0.0
 
     @property
     def classes(self) -> int:
@@ -48,8 +49,9 @@ class Dense(NamedTuple):
 
 def cross_entropy(d: Dense, z: Tensor, u: Tensor) -> Tensor:
     """From logits; in float64 exact for losses of any size."""
-    if z.dtype == torch.float32:
-        return F.cross_entropy(torch.where(d.rival, u, z[:, None]), d.y, reduction="none")
+    if z.dtype == torch.float32 or d.smoothing:
+        logits = torch.where(d.rival, u, z[:, None])
+        return F.cross_entropy(logits, d.y, reduction="none", label_smoothing=d.smoothing)
     gap = torch.where(d.rival, u, -math.inf) - z[:, None]
     top = gap.detach().amax(1).clamp_min(0)
     return top + torch.log1p(torch.expm1(-top) + torch.exp(gap - top[:, None]).sum(1))

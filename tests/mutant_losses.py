@@ -159,6 +159,11 @@ LOSS_MUTANTS = [
         ("counts_all_0", "if not counts.any():", "if False:"),
     ),
     *_in(
+        "fused_margin/rows.py",
+        ("smoothing_without_the_factor", "margin.row_factor(out) * smoothing", "smoothing"),
+        ("smoothing_of_unknown_losses", "if not margin.smoothable():", "if False:"),
+    ),
+    *_in(
         "fused_margin/functional.py",
         (
             "mining_by_what_is_weighted",
@@ -193,6 +198,8 @@ LOSS_MUTANTS = [
             "(self.end - self.start) * min(step / self.steps, 1.0)\n",
             "(self.end - self.start) * step / self.steps\n",
         ),
+        ("schedule_flattens_classes", "        if tensor.dim():\n", "        if False:\n"),
+        ("schedule_overwrites_what_learns", "        if tensor.requires_grad:\n", "        if False:\n"),
         ("schedule_jumps_at_its_end", " / math.expm1(-self.rate)\n", " / -1.0\n"),
         ("annealing_without_its_minimum", "return max(self.minimum, ", "return max(0.0, "),
         ("annealing_rises", "(1 + self.gamma * step) ** -self.power", "(1 + self.gamma * step) ** self.power"),

@@ -59,7 +59,7 @@ def parameters(margin: fm.Margin) -> dict[str, torch.Tensor]:
     return dict(margin.named_parameters()) if isinstance(margin, torch.nn.Module) else {}
 
 
-def library(name, mode, inputs, backend, gradient):
+def library(name, mode, inputs, backend, gradient, **more):
     """Losses and all gradients, the margin's parameters' too."""
     loss = LOSSES[name]
     x, w, labels = inputs
@@ -69,7 +69,7 @@ def library(name, mode, inputs, backend, gradient):
         margin, given = loss.make(classes, x.shape[1], gradient=gradient), options(loss, classes)
     x, w = (t.detach().requires_grad_() for t in (x, w))
     torch.manual_seed(6)
-    rows = margin_cross_entropy(x, w, labels, margin, reduction="none", backend=backend, **given)
+    rows = margin_cross_entropy(x, w, labels, margin, reduction="none", backend=backend, **given, **more)
     return with_gradients(rows, {"x": x, "w": w} | parameters(margin))
 
 
@@ -78,7 +78,7 @@ def with_gradients(rows, leaves):
     return {"loss": rows.detach()} | {f"d_{n}": g for n, g in zip(leaves, grads, strict=True)}
 
 
-def dense(name, mode, inputs, gradient, dtype=None, operands=None, *, swept=None, seed=6):
+def dense(name, mode, inputs, gradient, dtype=None, operands=None, *, swept=None, seed=6, smoothing=0.0):
     """The same from the oracle, on the tensors as they are or as `dtype`. swept [C] bool: rivals that take part."""
     loss = LOSSES[name]
     x, w, labels = inputs
@@ -96,7 +96,7 @@ def dense(name, mode, inputs, gradient, dtype=None, operands=None, *, swept=None
     p = {n: leaves[n].to(acc) for n in given}
     torch.manual_seed(seed)
     found = found if swept is None else found._replace(rival=found.rival & swept)
-    d = Dense(*found, valid, s, norm, w_norm, p, mode.acc, gradient == "detached")
+    d = Dense(*found, valid, s, norm, w_norm, p, mode.acc, gradient == "detached", smoothing)
     return with_gradients(torch.where(valid, loss.rows(d), 0.0), leaves)
 
 
@@ -124,6 +124,23 @@ def test_loss(name, mode, backend):
 @pytest.mark.parametrize("name", LOSSES)
 def test_detached(name, backend):
     check(name, FP64, backend, "detached", 1)
+
+
+SMOOTHED = [
+    n
+    for n, loss in LOSSES.items()
+    if loss.make(8, 5).softmax and not loss.options(8).keys() & {"mining", "label_smoothing"}
+]
+
+
+@pytest.mark.parametrize("name", SMOOTHED)
+def test_label_smoothing_of_every_softmax(name):
+    """On the reference backend: the smoothed part takes what the loss multiplies its cross-entropy with."""
+    inputs = data(name, FP64, 0)
+    rule = ErrorRule()
+    got = library(name, FP64, inputs, "reference", "exact", label_smoothing=0.2)
+    rule.add_all(got, None, dense(name, FP64, inputs, "exact", torch.float64, smoothing=0.2))
+    rule.check()
 
 
 @pytest.mark.parametrize("name", [n for n, loss in LOSSES.items() if loss.exact])

@@ -205,6 +205,11 @@ def test_the_head_has_them(inputs):
     torch.testing.assert_close(head(x, labels, sample_weight=sample), expected)
 
 
+class Tripled(fm.NormFace):
+    def row_loss(self, out):
+        return 3.0 * super().row_loss(out)
+
+
 BAD = {
     "gamma": (lambda x, w, y: fm.Focal(0.5), ValueError, r"gamma = 0.5; expected .* in \[1, 1000\]: below 1 the slope"),
     "keep": (lambda x, w, y: fm.HardRows(0.0), ValueError, "keep = 0.0"),
@@ -243,6 +248,55 @@ BAD = {
         ValueError,
         r"class_weight: got a tensor of shape \[5\]",
     ),
+    "smoothing of an unknown loss": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.Annealed(Tripled()), label_smoothing=0.1),
+        ValueError,
+        r"label_smoothing = 0.1 with Annealed, which has a row_loss of its own; expected .* row_factor",
+    ),
+    "sample weights in a list": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.ArcFace(), sample_weight=[1.0] * B),
+        TypeError,
+        "sample_weight: got list; expected a tensor",
+    ),
+    "class weights in a string": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.ArcFace(), class_weight="balanced"),
+        TypeError,
+        "class_weight: got str; expected a tensor",
+    ),
+    "class weights of a head": (
+        lambda x, w, y: fm.MarginHead(D, C, class_weight=torch.ones(C + 1)),
+        ValueError,
+        rf"class_weight: got a tensor of shape \[{C + 1}\]; expected \[{C}\], one a class",
+    ),
+    "AdaCos of products": (
+        lambda x, w, y: margin_cross_entropy(
+            x, w, y, fm.NormFace(), scale=fm.AdaCos(C, dynamic=True), normalize_embeddings=False
+        ),
+        ValueError,
+        "scale = AdaCos takes the angles",
+    ),
+    "norm of products": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.NormFace(), scale="norm", normalize_embeddings=False),
+        ValueError,
+        "the products have the norm of x in them already",
+    ),
+    "scale of LSoftmax": (
+        lambda x, w, y: margin_cross_entropy(
+            x, w, y, fm.LSoftmax(), scale=2.0, normalize_embeddings=False, normalize_weight=False
+        ),
+        ValueError,
+        "scale = 2.0 with LSoftmax, which works on raw products; expected scale=1",
+    ),
+    "CosFace": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.CosFace(35.0)),
+        ValueError,
+        r"m = 35.0; expected a finite number in \[-2, 2\]: two cosines",
+    ),
+    "m3": (lambda x, w, y: fm.CombinedMargin(1, 0.3, 2.5), ValueError, "m3 = 2.5"),
+    "SphereFace": (lambda x, w, y: fm.SphereFace(64), ValueError, r"m = 64; expected .* in \[1, 16\]"),
+    "EqM": (lambda x, w, y: fm.EqM(offset=-0.1), ValueError, "offset = -0.1"),
+    "margins by count": (lambda x, w, y: fm.margins_by_count(torch.ones(3), high=4.0), ValueError, "high = 4.0"),
+    "no counts": (lambda x, w, y: fm.margins_by_count(torch.zeros(3)), ValueError, "counts reach from 0 to 0"),
     "bias of UniFace": (
         lambda x, w, y: margin_cross_entropy(x, w, y, fm.UniFace(C), bias=torch.zeros(C)),
         ValueError,

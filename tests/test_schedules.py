@@ -127,6 +127,16 @@ BAD = {
         TypeError,
         r"schedule: got 0.5; expected a function of the step, as Linear",
     ),
+    "per class": (
+        lambda: MarginSchedule(head(fm.ArcFace(torch.full((C,), 0.3))), "m", Linear(0, 0.5, 3)),
+        ValueError,
+        r"m has shape \[\d+\]; .* expected a 0-dim tensor",
+    ),
+    "learnable": (
+        lambda: MarginSchedule(head(fm.ArcFace(torch.nn.Parameter(_tensor(0.3)))), "m", Linear(0, 0.5, 3)),
+        ValueError,
+        "m learns, and a schedule would overwrite",
+    ),
     "attribute": (
         lambda: MarginSchedule(head(fm.ArcFace(_tensor(0.5))), "margin", Linear(0, 0.5, 3)),
         ValueError,

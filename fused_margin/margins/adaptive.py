@@ -228,9 +228,14 @@ def margins_by_count(counts: Tensor, low: float = 0.05, high: float = 0.5, power
     Source: Ha et al. 2020, sub-centre ArcFace with dynamic margins (arXiv 2010.05350); there s = 80, three sub-centres.
     """
     number("low", low, 0)
-    number("high", high, low, math.inf, "rarer classes get the larger margin")
+    number("high", high, low, math.pi, "rarer classes get the larger margin, and no angle is larger than pi")
     number("power", power, 0)
-    rarity = class_counts(counts).clamp_min(1) ** -power
+    counts = class_counts(counts)
+    if not ((counts >= 0).all() and (counts > 0).any()):
+        raise ValueError(
+            f"counts reach from {counts.min():g} to {counts.max():g}; expected none below 0, and some above"
+        )
+    rarity = counts.clamp_min(1) ** -power
     span = (rarity.max() - rarity.min()).clamp_min(torch.finfo(rarity.dtype).tiny)
     return PerClass(low + (high - low) * (rarity - rarity.min()) / span)
 

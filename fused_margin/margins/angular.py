@@ -17,7 +17,7 @@ from .checks import GRADIENTS, choice, parameter, scalar
 from .parameters import PerClass, PerSample, RowParameter
 
 TAILS = ("raw", "linear", "continuous", "clamp", "easy")
-_LARGEST_POLYNOMIAL = 16  # degree up to which SphereFace computes psi without an angle
+LARGEST_FACTOR = 16  # of the angle in psi, also the degree of its polynomial; papers stop at 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,12 +88,12 @@ class SphereFace(Margin):
     default_scale: ClassVar[float] = 30.0
 
     def __post_init__(self) -> None:
-        parameter("m", self.m, 1)
+        parameter("m", self.m, 1, LARGEST_FACTOR, "psi has as many folds, and T falls by 2 at each")
         choice("gradient", self.gradient, GRADIENTS)
 
     def target(self, cos_y: Tensor) -> Tensor:
         m = self.m
-        if not isinstance(m, Tensor) and m == int(m) and m <= _LARGEST_POLYNOMIAL:
+        if not isinstance(m, Tensor) and m == int(m) and m <= LARGEST_FACTOR:
             k = sum((cos_y <= math.cos(i * math.pi / m)).to(cos_y.dtype) for i in range(1, int(m)))
             k = k if isinstance(k, Tensor) else torch.zeros_like(cos_y)
             value = multiple_angle(cos_y, int(m))
@@ -124,7 +124,7 @@ class CombinedMargin(Margin):
     def __post_init__(self) -> None:
         parameter("m1", self.m1, 1)
         parameter("m2", self.m2, 0, math.pi)
-        parameter("m3", self.m3)
+        parameter("m3", self.m3, -2, 2, "two cosines differ by 2 at most")
         plain = not isinstance(self.m1, (Tensor, PerClass, PerSample)) and self.m1 == 1
         if self.tail is None:
             object.__setattr__(self, "tail", "linear" if plain else "continuous")
@@ -222,7 +222,7 @@ class LSoftmax(Margin):
     needs: ClassVar[tuple[str, ...]] = ("norm", "weight_norm")
 
     def __post_init__(self) -> None:
-        parameter("m", self.m, 1)
+        parameter("m", self.m, 1, LARGEST_FACTOR, "psi has as many folds, and T falls by 2 at each")
         choice("gradient", self.gradient, GRADIENTS)
 
     def prepare(self, rows: RowStats, labels: Tensor) -> LSoftmax:

@@ -102,6 +102,15 @@ class Margin:
         """The loss of each row, [B]."""
         return softplus(out.red - out.z)
 
+    def row_factor(self, out: Outcome) -> Tensor | float:
+        """What `row_loss` multiplies the cross-entropy with: label smoothing's part gets it too."""
+        return 1.0
+
+    def smoothable(self) -> bool:
+        """Whether `row_loss` is known to be the cross-entropy, times `row_factor`."""
+        kind = type(self)
+        return self.softmax and (kind.row_loss is Margin.row_loss or kind.row_factor is not Margin.row_factor)
+
     def penalty(self) -> Tensor | float:
         """What is added to the loss of each row, [B] or one number."""
         return 0.0
@@ -274,6 +283,12 @@ class Wrapper(Margin):
 
     def row_loss(self, out: Outcome) -> Tensor:
         return self.base.row_loss(out)
+
+    def row_factor(self, out: Outcome) -> Tensor | float:
+        return self.base.row_factor(out)
+
+    def smoothable(self) -> bool:
+        return self.base.smoothable() and type(self).row_loss is Wrapper.row_loss
 
     def penalty(self) -> Tensor | float:
         return self.base.penalty()

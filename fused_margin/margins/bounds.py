@@ -44,7 +44,7 @@ class EqM(Margin):
     def __post_init__(self) -> None:
         for name in ("t1", "t2", "offset"):
             if getattr(self, name) is not None:
-                scalar(name, getattr(self, name), *((-1, 1) if name != "offset" else ()))
+                scalar(name, getattr(self, name), *((-1, 1) if name != "offset" else (0, 2)))
         if not isinstance(self.t1, Tensor) and not isinstance(self.t2, Tensor) and self.t2 >= self.t1:
             raise ValueError(
                 f"t1 = {self.t1!r}, t2 = {self.t2!r}; expected t2 < t1: t1 is the bound of the targets' cosines from "

@@ -173,8 +173,10 @@ class SphereFaceR(Margin):
         return Rule("angle_fraction", (self.m,)) if self.version == 2 else IDENTITY
 
     def row_loss(self, out: Outcome) -> Tensor:
-        loss = super().row_loss(out)
-        return loss if self.weight is None else self.weight / out.scale * loss
+        return self.row_factor(out) * super().row_loss(out)
+
+    def row_factor(self, out: Outcome) -> Tensor | float:
+        return 1.0 if self.weight is None else self.weight / out.scale
 
     def penalty(self) -> Tensor | float:
         return self.pull * (self.norms - self.length).abs() if self.norm == "soft" else 0.0
