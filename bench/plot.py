@@ -192,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     for name, exponent in fits.items():
-        print(f"time of {name} ~ classes^{exponent:.3f}, from {FIT_FROM:,} classes on")
+        if exponent == exponent:  # nan: measured at one size only
+            print(f"time of {name} ~ classes^{exponent:.3f}, from {FIT_FROM:,} classes on")
     return 0
 
 

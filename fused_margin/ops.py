@@ -202,8 +202,9 @@ class _Sweep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *upstream):
-        red = ctx.saved_tensors[_NUM_INPUTS]
-        return _backward(ctx, *(torch.zeros_like(red) if g is None else g for g in upstream[:3]))
+        inputs = ctx.saved_tensors  # once: where activations are checkpointed, they can be had a single time
+        red = inputs[_NUM_INPUTS]
+        return _backward(ctx, inputs, [torch.zeros_like(red) if g is None else g for g in upstream[:3]])
 
 
 class _SweepLoss(torch.autograd.Function):
@@ -242,11 +243,10 @@ def _sweep_autograd(*args):
         return _sweep(*args)
 
 
-def _backward(ctx, g_red, g_cos_y, g_sum_u):
+def _backward(ctx, inputs, upstream):
     of_rows = ctx.needs_input_grad[-1]
     asked = [ctx.needs_input_grad[i] or (i == 0 and of_rows) for i in (0, 1, 3, 5)]
-    upstream = (g_red, g_cos_y, g_sum_u)
-    d_x, d_w, d_scale, d_bias = _gradients(ctx.spec, upstream, ctx.saved_tensors, asked, ctx.delivery)
+    d_x, d_w, d_scale, d_bias = _gradients(ctx.spec, upstream, inputs, asked, ctx.delivery)
     d_rows, d_x = (d_x, None) if of_rows else (None, d_x)
     return (d_x, d_w, None, d_scale, None, d_bias, None, None, *(None for _ in Spec._fields), None, d_rows)
 

@@ -296,7 +296,7 @@ BAD = {
     "SphereFace": (lambda x, w, y: fm.SphereFace(64), ValueError, r"m = 64; expected .* in \[1, 16\]"),
     "EqM": (lambda x, w, y: fm.EqM(offset=-0.1), ValueError, "offset = -0.1"),
     "margins by count": (lambda x, w, y: fm.margins_by_count(torch.ones(3), high=4.0), ValueError, "high = 4.0"),
-    "no counts": (lambda x, w, y: fm.margins_by_count(torch.zeros(3)), ValueError, "counts reach from 0 to 0"),
+    "no counts": (lambda x, w, y: fm.margins_by_count(torch.zeros(3)), ValueError, "counts are all 0"),
     "bias of UniFace": (
         lambda x, w, y: margin_cross_entropy(x, w, y, fm.UniFace(C), bias=torch.zeros(C)),
         ValueError,

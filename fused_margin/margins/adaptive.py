@@ -231,10 +231,6 @@ def margins_by_count(counts: Tensor, low: float = 0.05, high: float = 0.5, power
     number("high", high, low, math.pi, "rarer classes get the larger margin, and no angle is larger than pi")
     number("power", power, 0)
     counts = class_counts(counts)
-    if not ((counts >= 0).all() and (counts > 0).any()):
-        raise ValueError(
-            f"counts reach from {counts.min():g} to {counts.max():g}; expected none below 0, and some above"
-        )
     rarity = counts.clamp_min(1) ** -power
     span = (rarity.max() - rarity.min()).clamp_min(torch.finfo(rarity.dtype).tiny)
     return PerClass(low + (high - low) * (rarity - rarity.min()) / span)

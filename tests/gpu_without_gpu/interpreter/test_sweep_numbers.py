@@ -9,8 +9,7 @@ import torch
 from fused_margin.kernels.configs import Cut, Device, Tile, use
 
 from ...cases import MARGINS, MODES, check, problem
-from ...error_rule import ErrorRule
-from ..sweep_cases import BATCH, CLASSES, DRAWS, HEADS, OPERANDS, Sweep, combinations
+from ..sweep_cases import BATCH, CLASSES, HEADS, OPERANDS, Sweep, combinations, hold_to_the_rule
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -39,12 +38,13 @@ def chunks(monkeypatch):
 @pytest.mark.parametrize("rule, operands, reduction, part, unit_slope, layout, bias, dim", list(combinations()))
 def test_sweep(rule, operands, reduction, part, unit_slope, layout, bias, dim):
     form, sums = part
-    pooled = ErrorRule()
+    parts = (0, 1, 2) if sums else (0, 1)
+
+    def draw(seed, pooled):
+        Sweep(rule, operands, layout, bias, dim, seed, backend="triton").check(reduction, unit_slope, parts, pooled)
+
     with use(device(form, slots=16 if rule in ("identity", "hard") else 32)):
-        for seed in range(1 if operands == torch.float32 else DRAWS):
-            sweep = Sweep(rule, operands, layout, bias, dim, seed, backend="triton")
-            sweep.check(reduction, unit_slope, (0, 1, 2) if sums else (0, 1), pooled)
-    pooled.check()
+        hold_to_the_rule(operands, draw)
 
 
 def draws(margin, mode, **options):
