@@ -14,6 +14,8 @@ from .backend import emulated
 from .test_sweep_numbers import sweep
 
 SWEEPS = ("forward", "gradient")
+pytestmark = pytest.mark.slow  # a minute, to disassemble the library
+
 STACK_BUDGET = {}  # (kernel, arch): bytes a thread; what is not here may have none
 CALLS = {"loss": 40, "prologue": 40}  # bytes that libdevice's slow path of sin and cos keeps on the stack
 
@@ -41,7 +43,7 @@ def shared():
                 s = sweep(rule, operands, bias=False)
                 s.leaves["w"] = s.leaves["w"].detach().to(dtype).requires_grad_()
                 with emulated(None, run):
-                    red, *_ = s.run("cuda", compute_dtype=operands, want=int(Want.DX))
+                    red, *_ = s.run("cuda", compute_dtype=operands, want=int(Want.DX | Want.DSCALE))
                     red.sum().backward()
     return found
 
