@@ -222,6 +222,8 @@ class _SweepLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g, *_):
+        if g is None:  # nobody's loss came from this one
+            return (None,) * (_LOSS_INPUTS + len(Spec._fields) + 2)
         x, w, labels, scale, rule_args, rows, aux, o_red, kept = ctx.saved_tensors
         row, asked = Rows(*rows.unbind()), ctx.needs_input_grad
         inputs = (x, w, labels, scale, row.tau, None, None, rule_args, row.red, aux, o_red, o_red.new_empty(0), kept)

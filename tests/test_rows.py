@@ -293,7 +293,7 @@ BAD = {
         r"m = 35.0; expected a finite number in \[-2, 2\]: two cosines",
     ),
     "m3": (lambda x, w, y: fm.CombinedMargin(1, 0.3, 2.5), ValueError, "m3 = 2.5"),
-    "SphereFace": (lambda x, w, y: fm.SphereFace(64), ValueError, r"m = 64; expected .* in \[1, 16\]"),
+    "SphereFace": (lambda x, w, y: fm.SphereFace(100), ValueError, r"m = 100; expected .* in \[1, 64\]"),
     "EqM": (lambda x, w, y: fm.EqM(offset=-0.1), ValueError, "offset = -0.1"),
     "margins by count": (lambda x, w, y: fm.margins_by_count(torch.ones(3), high=4.0), ValueError, "high = 4.0"),
     "no counts": (lambda x, w, y: fm.margins_by_count(torch.zeros(3)), ValueError, "counts are all 0"),

@@ -17,7 +17,8 @@ from .checks import GRADIENTS, choice, parameter, scalar
 from .parameters import PerClass, PerSample, RowParameter
 
 TAILS = ("raw", "linear", "continuous", "clamp", "easy")
-LARGEST_FACTOR = 16  # of the angle in psi, also the degree of its polynomial; papers stop at 4
+LARGEST_DEGREE = 16  # of psi's polynomial for whole m; beyond, and between, psi takes the angle
+LARGEST_FACTOR = 64  # of the angle in psi; papers stop at 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,7 +94,7 @@ class SphereFace(Margin):
 
     def target(self, cos_y: Tensor) -> Tensor:
         m = self.m
-        if not isinstance(m, Tensor) and m == int(m) and m <= LARGEST_FACTOR:
+        if not isinstance(m, Tensor) and m == int(m) and m <= LARGEST_DEGREE:
             k = sum((cos_y <= math.cos(i * math.pi / m)).to(cos_y.dtype) for i in range(1, int(m)))
             k = k if isinstance(k, Tensor) else torch.zeros_like(cos_y)
             value = multiple_angle(cos_y, int(m))
