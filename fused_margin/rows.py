@@ -124,8 +124,8 @@ def smoothed(loss: Tensor, out: Outcome, margin: Margin, smoothing: float, num_c
     if not margin.smoothable():
         raise ValueError(
             f"label_smoothing = {smoothing} with {type(margin).__name__}, which has a row_loss of its own; expected "
-            "label_smoothing=0, or a margin that defines row_factor(self, out), what its row_loss multiplies the "
-            "cross-entropy with"
+            "label_smoothing=0, or beside row_loss a row_factor(self, out), what it multiplies the cross-entropy "
+            "with"
         )
     return loss + margin.row_factor(out) * smoothing * (out.z - (out.z + out.sum_u) / num_classes)
 

@@ -210,6 +210,31 @@ class Tripled(fm.NormFace):
         return 3.0 * super().row_loss(out)
 
 
+class Doubled(Tripled):
+    def row_loss(self, out):
+        return self.row_factor(out) * fm.NormFace.row_loss(self, out)
+
+    def row_factor(self, out):
+        return 2.0
+
+
+class Squared(Doubled):
+    """Has a factor from above, which is not that of its own loss."""
+
+    def row_loss(self, out):
+        return super().row_loss(out) ** 2
+
+
+@pytest.mark.parametrize("wrap", [lambda m: m, fm.Annealed])
+def test_label_smoothing_of_a_loss_with_its_factor(inputs, wrap):
+    x, w, labels = inputs
+    more = {"scale": 16.0, "label_smoothing": 0.3}
+    got = margin_cross_entropy(x, w, labels, wrap(Doubled()), **more)
+    compare(got, 2 * F.cross_entropy(logits(x, w, labels, m=0.0), labels, label_smoothing=0.3), (x, w))
+    with pytest.raises(ValueError, match=r"with .*, which has a row_loss of its own"):
+        margin_cross_entropy(x, w, labels, wrap(Squared()), **more)
+
+
 BAD = {
     "gamma": (lambda x, w, y: fm.Focal(0.5), ValueError, r"gamma = 0.5; expected .* in \[1, 1000\]: below 1 the slope"),
     "keep": (lambda x, w, y: fm.HardRows(0.0), ValueError, "keep = 0.0"),

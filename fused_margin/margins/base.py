@@ -107,9 +107,9 @@ class Margin:
         return 1.0
 
     def smoothable(self) -> bool:
-        """Whether `row_loss` is known to be the cross-entropy, times `row_factor`."""
-        kind = type(self)
-        return self.softmax and (kind.row_loss is Margin.row_loss or kind.row_factor is not Margin.row_factor)
+        """Whether `row_loss` is known to be the cross-entropy, times `row_factor`: one class defines both."""
+        own = {"row_loss", "row_factor"}
+        return next(own <= vars(kind).keys() for kind in type(self).__mro__ if own & vars(kind).keys())
 
     def penalty(self) -> Tensor | float:
         """What is added to the loss of each row, [B] or one number."""
@@ -288,7 +288,7 @@ class Wrapper(Margin):
         return self.base.row_factor(out)
 
     def smoothable(self) -> bool:
-        return self.base.smoothable() and type(self).row_loss is Wrapper.row_loss
+        return super().smoothable() and self.base.smoothable()
 
     def penalty(self) -> Tensor | float:
         return self.base.penalty()

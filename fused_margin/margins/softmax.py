@@ -35,7 +35,7 @@ class CosFace(Margin):
 
     Equivalent to: `T = c - m`
     Args: m in cosine units (default 0.35): a float, [C] per class or [B] per sample, with gradient if it asks for one.
-        m < 0 is allowed and favours the target, which few-shot learning does (arXiv 2003.12060).
+        m < 0 is allowed and favours the target, which few-shot learning does (arXiv 2003.12060). On cosines |m| <= 2.
     Source: Wang et al. 2018, CosFace (arXiv 1801.09414) eq. 4; Wang et al. 2018, AM-Softmax (arXiv 1801.05599).
     """
 
