@@ -193,7 +193,7 @@ def test_a_margin_that_works_in_place_leaves_the_statistics():
 
 def test_psi_of_a_large_whole_number_takes_the_angle():
     c = torch.linspace(-0.99, 0.99, 50, dtype=torch.float64)
-    for m in (16, 17, 1000):
+    for m in (16, 17, 64):
         k = torch.floor(m * torch.acos(c) / torch.pi)
         expected = (-1) ** k * torch.cos(m * torch.acos(c)) - 2 * k
         torch.testing.assert_close(fm.SphereFace(m).target(c), expected, rtol=0, atol=1e-8)

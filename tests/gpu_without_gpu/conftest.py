@@ -71,6 +71,8 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if item is items[0]:
         item.session.testscollected -= len(items)
         _run(item, [i.path for i in items])
+    # An item before this one may have left open what the two have in common.
+    item.session._setupstate.teardown_exact(nextitem)
     return True
 
 
