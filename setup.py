@@ -99,10 +99,22 @@ def extension():
     # The lowest torch that the library loads in, and nothing of torch but the stable ABI.
     stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
     warn = ["-Wall", "-Wextra", "-Wno-psabi"] + ["-Werror"] * (os.environ.get("FUSED_MARGIN_WERROR") == "1")
+    headers = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh"))
+
+    class Build(cpp_extension.BuildExtension):
+        def build_extensions(self):
+            """With a torch that has no CUDA, ninja is not told which headers a .cu file includes."""
+            newest = max(map(os.path.getmtime, headers))
+            for source in (s for s in cuda_sources if s.endswith(".cu")):
+                made = Path(self.build_temp, source).with_suffix(".o")
+                if made.exists() and made.stat().st_mtime < newest:
+                    made.unlink()
+            super().build_extensions()
+
     library = Extension(
         "fused_margin._C",
         sources + cuda_sources,
-        depends=sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh")),
+        depends=headers,
         libraries=libraries,
         library_dirs=library_dirs,
         extra_compile_args={
@@ -116,7 +128,7 @@ def extension():
     )
     return {
         "ext_modules": [library],
-        "cmdclass": {"build_ext": cpp_extension.BuildExtension},
+        "cmdclass": {"build_ext": Build},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
