@@ -10,18 +10,16 @@ import sys
 import torch
 
 from . import __version__, plan
-from .backends import BACKENDS, cpu, cuda, triton, why_not
+from .backends import BACKENDS, why_not
 from .check import all_margins, check_margin, table
 
 
 def _info() -> None:
     python = ".".join(map(str, sys.version_info[:3]))
     print(f"fused_margin {__version__}, torch {torch.__version__}, Python {python}, {torch.get_num_threads()} threads")
-    what = {name: module.path for name, module in (("cpu", cpu), ("triton", triton), ("cuda", cuda))}
-    what["reference"] = lambda: "plain PyTorch, holds [B, C] tensors"
-    for name in BACKENDS:
+    for name, backend in BACKENDS.items():
         reasons = why_not(name)
-        print(f"  {name:10} " + (f"not here: {', '.join(reasons)}" if reasons else f"runs: {what[name]()}"))
+        print(f"  {name:10} " + (f"not here: {', '.join(reasons)}" if reasons else f"runs: {backend.path()}"))
 
 
 def _check(quick: bool) -> int:

@@ -124,17 +124,27 @@ def _run_target_cosine(x, w, labels, index, *fields):
 
 def _run_sweep(*args):
     spec = Spec(*args[_NUM_INPUTS:])
-    return BACKENDS[spec.backend].sweep(*args[:_NUM_INPUTS], spec)
+    return _with_kept(BACKENDS[spec.backend].sweep(*args[:_NUM_INPUTS], spec), spec)
 
 
 def _run_sweep_backward(*args):
+    *tensors, kept = args[: -1 - len(Spec._fields)]
     spec = Spec(*args[-1 - len(Spec._fields) : -1])
-    return BACKENDS[spec.backend].sweep_backward(*args[: -1 - len(Spec._fields)], spec, args[-1])
+    return BACKENDS[spec.backend].sweep_backward(*tensors, *([kept] if _keeps(spec) else []), spec, args[-1])
 
 
 def _run_sweep_loss(*args):
     spec = Spec(*args[_LOSS_INPUTS:-2])
-    return BACKENDS[spec.backend].sweep_loss(*args[:_LOSS_INPUTS], spec, *args[-2:])
+    return _with_kept(BACKENDS[spec.backend].sweep_loss(*args[:_LOSS_INPUTS], spec, *args[-2:]), spec)
+
+
+def _keeps(spec: Spec) -> bool:
+    """Whether the backend keeps products. On a GPU they are made anew in less time than memory takes to hold them."""
+    return hasattr(BACKENDS[spec.backend], "kept_size")
+
+
+def _with_kept(out, spec):
+    return out if _keeps(spec) else (*out, out[0].new_empty(0))
 
 
 _library.impl("target_cosine", _run_target_cosine, "CompositeExplicitAutograd")
@@ -144,8 +154,7 @@ _library.impl("sweep_backward", _run_sweep_backward, "CompositeExplicitAutograd"
 
 
 def _kept_size(x, w, index, spec):
-    size = getattr(BACKENDS[spec.backend], "kept_size", None)
-    return 0 if size is None else size(x, w, index, spec)
+    return BACKENDS[spec.backend].kept_size(x, w, index, spec) if _keeps(spec) else 0
 
 
 @torch.library.register_fake("fused_margin::target_cosine")

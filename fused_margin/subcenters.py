@@ -8,10 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .backends.reference import check_labels as check_range
-from .inputs import check_labels
+from .labels import classes_of
 from .margins.checks import count, number
-from .spec import Spec
 
 _CHUNK = 4096  # samples whose K centres, [chunk, K, D], exist at one time
 
@@ -53,11 +51,7 @@ def find_outliers(
     number("angle", angle, 0, 180)
     count("sub_centers", sub_centers)
     centres = _centres(embeddings, weight, sub_centers)  # [C, K, D]
-    check_labels(labels, len(embeddings))
-    labels = labels.long()
-    check_range(labels, Spec(num_classes=len(centres), ignore_index=ignore_index))
-    valid = labels != ignore_index
-    at = torch.where(valid, labels, 0)
+    at, valid = classes_of(labels, len(embeddings), len(centres), ignore_index)
     x = F.normalize(torch.where(valid[:, None], embeddings, 0).to(centres.dtype), dim=1)
     parts = zip(x.split(_CHUNK), at.split(_CHUNK), strict=True)
     cos = torch.cat([x.new_zeros(0, sub_centers), *(torch.einsum("nd,nkd->nk", p, centres[y]) for p, y in parts)])

@@ -3,6 +3,7 @@
 // Schemas are declared in fused_margin/backends/cpu.py; autograd and fake kernels in fused_margin/ops.py.
 #include <memory>
 
+#include "../read_form.h"
 #include "call.h"
 #include "update.h"
 
@@ -60,14 +61,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sweep(
     call.keep(kept);
     return run_sweep(x, call);
   });
-}
-
-Form<double> read_form(const Tensor& packed, int64_t row) {
-  STD_TORCH_CHECK(
-      packed.scalar_type() == ScalarType::Double && packed.is_contiguous() && packed.numel() >= 5 * (row + 1),
-      "fused_margin: the forms of a margin are five float64 numbers each");
-  const double* f = packed.const_data_ptr<double>() + 5 * row;
-  return {TargetKind(int(f[0])), Tail(int(f[1])), f[2], f[3], f[4]};
 }
 
 // The sweep and what follows on [B] for a margin that margins.h knows: the losses, their mean or sum, and their slopes.

@@ -1,6 +1,7 @@
 // The operators of the CUDA backend; see call.h for how their tensors are read.
 //
 // Schemas are declared in fused_margin/backends/cuda.py; autograd and fake kernels in fused_margin/ops.py.
+#include "../read_form.h"
 #include "call.h"
 
 #ifndef FM_DISPATCH_KEY
@@ -48,15 +49,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sweep(
   Call call({x, w, labels, scale, tau, bias, index, rule_args}, o);
   const Swept out = run_sweep(call);
   return {out.red, out.cos_y, out.sum_u, out.aux, make(x, {0}), make(x, {0})};
-}
-
-// A form in the five numbers of fused_margin/margins/forms.py, on the host.
-Form<double> read_form(const Tensor& packed, int64_t row) {
-  STD_TORCH_CHECK(
-      packed.scalar_type() == ScalarType::Double && packed.is_contiguous() && packed.numel() >= 5 * (row + 1),
-      "fused_margin: the forms of a margin are five float64 numbers each");
-  const double* f = packed.const_data_ptr<double>() + 5 * row;
-  return {TargetKind(int(f[0])), Tail(int(f[1])), f[2], f[3], f[4]};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args,

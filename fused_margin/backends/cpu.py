@@ -20,24 +20,34 @@ from ..update_rules import OPTIMIZERS, State, Update
 CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")  # what FUSED_MARGIN_CPU_CAPABILITY takes, in rising order
 LOSS_REDUCTIONS = ("mean", "sum", "none")  # as csrc/cpu/problem.h numbers them
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_SPEC = (
-    "int rule, bool unit_slope, int reduction, int sub_centers, bool normalize_x, bool normalize_w, bool bf16, "
-    "int num_classes, int first_class, int ignore_index, int want"
-)
 _INPUTS = "Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor? tau, Tensor? bias, Tensor? index, Tensor rule_args"
+
+
+def _spec_schema(operands: str) -> str:
+    return (
+        f"int rule, bool unit_slope, int reduction, int sub_centers, bool normalize_x, bool normalize_w, {operands}, "
+        "int num_classes, int first_class, int ignore_index, int want"
+    )
+
+
+def sweep_schemas(operands: str, keeps: bool) -> list[str]:
+    """Of the sweep's operators, here and in cuda.py; `operands`: what they are told of those of the products."""
+    spec = _spec_schema(operands)
+    written, kept = (", Tensor(a!) kept", ", Tensor kept") if keeps else ("", "")
+    return [
+        f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {spec}) -> Tensor",
+        f"sweep({_INPUTS}{written}, {spec}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+        f"sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args{written}, {spec}, Tensor forms, "
+        "int loss_reduction) -> (Tensor, Tensor, Tensor, Tensor)",
+        f"sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, "
+        f"Tensor o_red, Tensor o_sum{kept}, {spec}, int need) -> (Tensor, Tensor, Tensor, Tensor)",
+    ]
+
+
+_OPERANDS = "bool bf16"
 _library = torch.library.Library("fused_margin_cpu", "DEF")
-# Of the sweep's operators, here and in cuda.py, which has an `operand` and keeps nothing.
-KEPT, WRITTEN = ", Tensor kept", ", Tensor(a!) kept"
-SWEEPS = {
-    "target_cosine": f"(Tensor x, Tensor w, Tensor labels, Tensor? index, {_SPEC}) -> Tensor",
-    "sweep": f"({_INPUTS}{WRITTEN}, {_SPEC}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "sweep_loss": f"(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args{WRITTEN}, {_SPEC}, "
-    "Tensor forms, int loss_reduction) -> (Tensor, Tensor, Tensor, Tensor)",
-    "sweep_backward": f"(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, "
-    f"Tensor o_red, Tensor o_sum{KEPT}, {_SPEC}, int need) -> (Tensor, Tensor, Tensor, Tensor)",
-}
-for _name, _schema in SWEEPS.items():
-    _library.define(_name + _schema)
+for _schema in sweep_schemas(_OPERANDS, keeps=True):
+    _library.define(_schema)
 _STATE = "Tensor(a!) w, Tensor(b!)? m, Tensor(c!)? v, Tensor(d!)? step, Tensor? index"
 _UPDATE = (
     "int optimizer, float lr, float weight_decay, float momentum, float dampening, bool nesterov, float beta1, "
@@ -47,7 +57,7 @@ _library.define(f"update_rows({_STATE}, Tensor grad, {_UPDATE}) -> ()")
 _library.define(
     f"sweep_step({_STATE}, Tensor[] g_red, Tensor[] g_cos_y, Tensor[] g_sum_u, Tensor[] x, Tensor[] labels, "
     f"Tensor[] scale, Tensor[] tau, Tensor[] bias, Tensor[] rule_args, Tensor[] red, Tensor[] aux, Tensor[] kept, "
-    f"{_SPEC}, {_UPDATE}) -> ()"
+    f"{_spec_schema(_OPERANDS)}, {_UPDATE}) -> ()"
 )
 _ops = torch.ops.fused_margin_cpu
 
@@ -144,7 +154,8 @@ def capability(name: str) -> Iterator[None]:
         _C.fm_set_capability((_forced[-1] if _forced else "").encode())
 
 
-def _pack(spec: Spec) -> tuple[int | bool, ...]:
+def pack(spec: Spec, operands: int | bool) -> tuple[int | bool, ...]:
+    """A spec as the C++ operators take it, with what they are to know of the products' operands."""
     return (
         CODES[spec.rule],
         spec.unit_slope,
@@ -152,12 +163,16 @@ def _pack(spec: Spec) -> tuple[int | bool, ...]:
         spec.sub_centers,
         spec.normalize_x,
         spec.normalize_w,
-        spec.compute_dtype == torch.bfloat16,
+        operands,
         spec.num_classes,
         spec.first_class,
         spec.ignore_index,
         spec.want,
     )
+
+
+def _pack(spec: Spec) -> tuple[int | bool, ...]:
+    return pack(spec, spec.compute_dtype == torch.bfloat16)
 
 
 def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, spec: Spec) -> Tensor:

@@ -10,20 +10,15 @@ import functools
 import torch
 from torch import Tensor
 
-from ..rules import CODES, REDUCTIONS
 from ..spec import Spec
-from . import cpu
+from . import cpu, gpu
 from .reference import check_labels
 
-MAX_SUB_CENTERS = 16
-OPERANDS = (torch.float32, torch.bfloat16, torch.float16)  # as csrc/cuda/problem.h numbers them
 _OLDEST = 8, 0  # compute capability
 _KEY = "CUDA"  # of the devices that the kernels are registered for
 _schemas = torch.library.Library("fused_margin_cuda", "DEF")
-for _name, _schema in cpu.SWEEPS.items():
-    for _theirs, _ours in (("bool bf16", "int operand"), (cpu.KEPT, ""), (cpu.WRITTEN, "")):
-        _schema = _schema.replace(_theirs, _ours)
-    _schemas.define(_name + _schema)
+for _schema in cpu.sweep_schemas("int operand", keeps=False):
+    _schemas.define(_schema)
 _ops = torch.ops.fused_margin_cuda
 
 
@@ -49,19 +44,9 @@ def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
     device = _KEY.lower()
     if x is None and device == "cuda" and not torch.cuda.is_available():
         reasons.append("torch sees no GPU")
-    for name, t in (("embeddings", x), ("weight", w)):
-        if t is None:
-            continue
-        if t.device.type != device:
-            reasons.append(f"{name} are on {t.device}, not on a GPU")
-        if t.dtype not in OPERANDS:
-            reasons.append(f"{name} are {t.dtype}; the kernels take float32, bfloat16 and float16")
+    reasons += gpu.why_not_input(x, w, spec, lambda d: d.type == device)
     if x is not None and x.is_cuda and _too_old(x.device):
         reasons.append(_too_old(x.device))
-    if x is not None and spec.compute_dtype not in OPERANDS:
-        reasons.append(f"compute_dtype is {spec.compute_dtype}")
-    if spec.sub_centers > MAX_SUB_CENTERS:
-        reasons.append(f"sub_centers is {spec.sub_centers}; the kernels take at most {MAX_SUB_CENTERS}")
     return reasons
 
 
@@ -76,16 +61,7 @@ def saves_o(x: Tensor, spec: Spec) -> bool:
 
 
 def _pack(spec: Spec) -> tuple[int | bool, ...]:
-    return (
-        CODES[spec.rule],
-        spec.unit_slope,
-        REDUCTIONS[spec.reduction],
-        spec.sub_centers,
-        spec.normalize_x,
-        spec.normalize_w,
-        OPERANDS.index(spec.compute_dtype),
-        *spec[7:11],
-    )
+    return cpu.pack(spec, gpu.DTYPES.index(spec.compute_dtype))
 
 
 def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, spec: Spec) -> Tensor:
@@ -95,20 +71,17 @@ def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, sp
 
 def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple[Tensor, ...]:
     check_labels(labels, spec)
-    out = _ops.sweep.default(x, w, labels, scale, tau, bias, _contiguous(index), rule_args, *_pack(spec))
-    return *out, out[0].new_empty(0)
+    return _ops.sweep.default(x, w, labels, scale, tau, bias, _contiguous(index), rule_args, *_pack(spec))
 
 
 def sweep_loss(x, w, labels, scale, rule_args, spec: Spec, forms, loss_reduction) -> tuple[Tensor, ...]:
     check_labels(labels, spec)
     reduction = cpu.LOSS_REDUCTIONS.index(loss_reduction)
-    packed = (*_pack(spec), cpu.numbers(tuple(forms)), reduction)
-    out = _ops.sweep_loss.default(x, w, labels, scale, rule_args, *packed)
-    return *out, out[0].new_empty(0)
+    return _ops.sweep_loss.default(x, w, labels, scale, rule_args, *_pack(spec), cpu.numbers(tuple(forms)), reduction)
 
 
 def sweep_backward(
-    g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, kept, spec, need
+    g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, spec, need
 ) -> tuple[Tensor, ...]:
     return _ops.sweep_backward.default(
         g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, _contiguous(index), rule_args, red, aux.contiguous(),

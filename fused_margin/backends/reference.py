@@ -129,6 +129,11 @@ def _reduce(u: Tensor, rival: Tensor, reduction: str) -> tuple[Tensor, Tensor]:
     return red, u.softmax(1).masked_fill(~rival | (red == -torch.inf)[:, None], 0)
 
 
+def path() -> str:
+    """What runs, for people."""
+    return "plain PyTorch, holds [B, C] tensors"
+
+
 @torch.no_grad()
 def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple[Tensor, ...]:
     check_labels(labels, spec)
@@ -146,11 +151,11 @@ def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple
         aux[3], aux[4] = (a * v.masked_fill(~rival, 0)).sum(1), (v * rival).sum(1)
         sum_u = u.masked_fill(~rival, 0).sum(1) if spec.want & Want.SUM else torch.zeros_like(red)
     empty = cos_y.new_empty(0)
-    return red, cos_y, sum_u, aux, empty, empty.clone(), empty.clone()
+    return red, cos_y, sum_u, aux, empty, empty.clone()
 
 
 def sweep_backward(
-    g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, kept, spec, need
+    g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, spec, need
 ) -> tuple[Tensor, ...]:
     w = w if index is None else w[index]  # the gradient asked for is that of the rows read
     asked = ((Need.X, x), (Need.W, w), (Need.SCALE, scale), (Need.BIAS, bias))
