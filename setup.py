@@ -104,7 +104,7 @@ def extension():
     class Build(cpp_extension.BuildExtension):
         def build_extensions(self):
             """With a torch that has no CUDA, ninja is not told which headers a .cu file includes."""
-            newest = max(map(os.path.getmtime, headers))
+            newest = max(os.path.getmtime(path) for path in headers if not path.startswith("csrc/cpu/"))
             for source in (s for s in cuda_sources if s.endswith(".cu")):
                 made = Path(self.build_temp, source).with_suffix(".o")
                 if made.exists() and made.stat().st_mtime < newest:

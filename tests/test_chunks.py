@@ -47,7 +47,7 @@ def path(request):
 
 def check_shape(batch: int, classes: int, dim: int, mode: str, margin: str = "arcface_linear", draws: int = 3) -> None:
     rule = ErrorRule()
-    for first, last in ((0, draws), (draws, 8 * draws)):
+    for first, last in ((0, draws), (draws, 8 * draws), (8 * draws, 64)):
         for seed in range(first, last):
             p = problem(MARGINS[margin], MODES[mode], batch, classes, dim, seed, "class", bias=True)
             p.labels[-2:] = torch.tensor([0, classes - 1])[-min(batch, 2) :]

@@ -84,9 +84,10 @@ void add_gradient(const Problem<T>& p, const TileProducts& products, const Packe
     T *sums = g.sum + d0 * t.rows, *d_w = g.d_w + d0;
     for (int64_t k = 0; k < cos.columns; k += kProductDepth) {
       const int64_t depth = std::min(kProductDepth, cos.columns - k);
-      ahead.ask(48);
-      state.ask(48);
-      const auto start = [&](int64_t m, int v) { return k || begun ? load(sums + m * P + v * lanes) : Vec<T>{}; };
+      const auto start = [&](int64_t m, int v) {
+        if (v == 0) ahead.ask(kAskedLines), state.ask(kAskedLines);
+        return k || begun ? load(sums + m * P + v * lanes) : Vec<T>{};
+      };
       const auto multiply = [&](const auto& finish) {
         multiply_strip<Summed::columns>(t.rows, depth, cos.c + k * t.rows, t.rows * P,
                                         x.rows.get() + d0 * p.padded + (cos.first + k) * P, start, finish);
@@ -146,7 +147,7 @@ struct StoreGradient {
   Storage storage;
 
   bool in_place() const { return storage == (sizeof(T) == 8 ? Storage::f64 : Storage::f32); }
-  Ahead state(int64_t, int64_t) const { return {nullptr, 0}; }
+  Ahead state(const Tile<T>&, int64_t, int64_t) const { return {}; }
   T* place(int64_t row, int64_t dim, T* buffer) const {
     return in_place() ? static_cast<T*>(out.d_w) + row * dim : buffer;
   }
@@ -160,10 +161,10 @@ template <class T>
 struct UpdateWeights {
   const RowUpdate<T>& update;
 
-  // What of the state the rows from `first` on need, to be read ahead.
-  Ahead state(int64_t first, int64_t numbers) const {
-    const bool there = update.m && !update.w.index;
-    return {there ? update.m + first : nullptr, there ? numbers * int64_t(sizeof(T)) : 0};
+  // The first state of the tile's rows, to be read ahead.
+  Ahead state(const Tile<T>& t, int64_t first, int64_t dim) const {
+    const int64_t bytes = dim * int64_t(sizeof(T));
+    return update.m ? Ahead(update.m, bytes, bytes, update.w.index, first, first + t.rows) : Ahead();
   }
   T* place(int64_t, int64_t, T* buffer) const { return buffer; }
   void finish(const Tile<T>& t, int64_t first, int64_t dim, T* d_w) const {
@@ -211,9 +212,9 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
   g.sum = scratch.take<T>(rows * depth);
 
   load_tile(p, number, cut.tile_classes, depth, false, tile);
-  Ahead ahead(p, number + 1, rows);
+  Ahead ahead = tile_ahead(p, number + 1, rows);
   const int64_t first = tile.first_class * p.sub_centers;
-  Ahead state = sink ? sink->state(first * p.dim, tile.rows * p.dim) : Ahead(nullptr, 0);
+  Ahead state = sink ? sink->state(tile, first, p.dim) : Ahead();
   if (sink) g.d_w = sink->place(first, p.dim, scratch.take<T>(rows * p.dim));
   std::fill_n(sums.along, tile.rows, Vec<T>{});
   std::fill_n(sums.d_bias, tile.rows, Vec<T>{});

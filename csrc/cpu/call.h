@@ -47,12 +47,10 @@ inline Weights rows_of(const Tensor& t, const MaybeTensor& index = {}) {
   STD_TORCH_CHECK(t.dim() == 2, "fused_margin: expected a matrix, got ", t.dim(), " dimensions");
   STD_TORCH_CHECK(!index || (index->scalar_type() == ScalarType::Long && index->is_contiguous()),
                   "fused_margin: index must be contiguous and int64");
-  for (int64_t i = 0; index && i < index->numel(); i++) {
-    const int64_t row = index->const_data_ptr<int64_t>()[i];
-    STD_TORCH_CHECK(row >= 0 && row < t.size(0), "index[", i, "] = ", row, " is outside [0, ", t.size(0), ")");
-  }
-  return {t.const_data_ptr(), storage_of(t), t.stride(0), t.stride(1),
-          index ? index->const_data_ptr<int64_t>() : nullptr};
+  const int64_t* rows = index ? index->const_data_ptr<int64_t>() : nullptr;
+  for (int64_t i = 0, n = index ? index->numel() : 0, end = t.size(0); i < n; i++)
+    STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < end, "index[", i, "] = ", rows[i], " is outside [0, ", end, ")");
+  return {t.const_data_ptr(), storage_of(t), t.stride(0), t.stride(1), rows};
 }
 
 // A vector of `expected` values of any float type and stride as T, zero from its end up to `padded`.

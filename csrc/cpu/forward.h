@@ -164,12 +164,14 @@ void add_share(const Problem<T>& p, const TileProducts& products, const Tile<T>&
   constexpr int64_t P = kPanel<T>;
   for (int64_t strip = 0; strip < share.strips; strip++)
     for (int64_t i = 0; i < cos.columns; i += P) {
-      ahead.ask(12);
       T* out = share.at(cos.first + i, strip);
       const auto at = [&](int64_t m, int v) { return out + m * P + v * kLanes<T>; };
       multiply_strip<Summed::rows>(
           P, t.rows, a.wide + i * t.rows, 0, t.panels + strip * t.rows * P,
-          [&](int64_t m, int v) { return add ? load(at(m, v)) : Vec<T>{}; },
+          [&](int64_t m, int v) {
+            if (v == 0) ahead.ask(kAskedLines);
+            return add ? load(at(m, v)) : Vec<T>{};
+          },
           [&](int64_t m, int v, Vec<T> sum) { store(at(m, v), sum); });
     }
 }
@@ -213,7 +215,7 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
       std::fill(share.at(first, strip), share.at(last, strip), T(0));
   for (int64_t number = begin; number < end; number++) {
     load_tile(p, number, cut.tile_classes, x.depth, p.want & kDx, tile);
-    Ahead ahead(p, number + 1 < end ? number + 1 : cut.tiles, cut.tile_rows);
+    Ahead ahead = tile_ahead(p, number + 1 < end ? number + 1 : cut.tiles, cut.tile_rows);
     for (int64_t block = first; block < last; block += cut.block) {
       compute_cosines<Kept::write>(p, products, x, tile, block, std::min(cut.block, last - block), cos);
       const bool changed = weigh_forward<rule, extras>(p, tile, cos, s, cos.first - first, a, slope);

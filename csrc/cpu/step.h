@@ -18,7 +18,7 @@ struct StateTensors {
 template <class T>
 RowUpdate<T> row_update(Tensor& w, const StateTensors& state, const MaybeTensor& index, const Hyperparameters& h) {
   const Weights rows = rows_of(w, index);
-  for (int64_t i = 1; index && i < index->numel(); i++)
+  for (int64_t i = 1, n = index ? index->numel() : 0; i < n; i++)
     STD_TORCH_CHECK(rows.index[i - 1] < rows.index[i], "fused_margin: rows to update must rise, but [", i - 1,
                     "] = ", rows.index[i - 1], ", [", i, "] = ", rows.index[i]);
   const auto matrix = [&](MaybeTensor& t) -> T* {

@@ -178,27 +178,54 @@ void convert_tile(const Problem<T>& p, int64_t depth, bool pairs, Tile<T>& t) {
   }
 }
 
-// Memory that will be read soon, asked for a little at a time while the products run.
+constexpr int64_t kAskedLines = 2;  // for each row of a block of sums: as many as a core has on the way at one time
+
+// Rows that will be read soon, asked for a little at a time while the products run.
 class Ahead {
  public:
-  // The rows of w in tile `number`, where they can be read in place and lie one after the other.
-  template <class T>
-  Ahead(const Problem<T>& p, int64_t number, int64_t tile_rows) {
-    const int64_t first = number * tile_rows, rows = std::min(tile_rows, p.classes * p.sub_centers - first);
-    if (p.w.index || p.w.col_stride != 1 || p.w.row_stride != p.dim || rows <= 0) return;
-    const int64_t size = p.w.storage == Storage::f64 ? 8 : p.w.storage == Storage::f32 ? 4 : 2;
-    next_ = static_cast<const char*>(p.w.data) + first * p.dim * size;
-    end_ = next_ + rows * p.dim * size;
+  // Nothing.
+  Ahead() = default;
+
+  // Rows [first, last) of w, where they can be read in place.
+  Ahead(const Weights& w, int64_t dim, int64_t first, int64_t last) {
+    if (w.col_stride != 1) return;
+    const int64_t size = w.storage == Storage::f64 ? 8 : w.storage == Storage::f32 ? 4 : 2;
+    *this = Ahead(w.data, w.row_stride * size, dim * size, w.index, first, last);
   }
-  Ahead(const void* begin, int64_t bytes) : next_(static_cast<const char*>(begin)), end_(next_ + bytes) {}
+
+  // Of a matrix whose rows lie `step` bytes apart and have `bytes` each; row r is index[r], if there is one.
+  Ahead(const void* base, int64_t step, int64_t bytes, const int64_t* index, int64_t first, int64_t last)
+      : base_(static_cast<const char*>(base)), index_(index), step_(step), bytes_(bytes), row_(first), end_(last) {
+    next_row();
+  }
 
   FM_INLINE void ask(int64_t lines) {
-    for (; lines > 0 && next_ < end_; lines--, next_ += 64) __builtin_prefetch(next_, 0, 2);
+    for (; lines > 0 && next_ < stop_; lines--) {
+      __builtin_prefetch(next_, 0, 2);
+      next_ += 64;
+      if (next_ >= stop_) next_row();
+    }
   }
 
  private:
-  const char *next_ = nullptr, *end_ = nullptr;
+  void next_row() {
+    if (row_ >= end_) return;
+    next_ = base_ + (index_ ? index_[row_] : row_) * step_;
+    stop_ = next_ + bytes_;
+    row_++;
+  }
+
+  const char *base_ = nullptr, *next_ = nullptr, *stop_ = nullptr;  // the line to ask for; the end of its row
+  const int64_t* index_ = nullptr;
+  int64_t step_ = 0, bytes_ = 0, row_ = 0, end_ = 0;
 };
+
+// The rows of w of the tile with this number, of tiles of so many rows.
+template <class T>
+Ahead tile_ahead(const Problem<T>& p, int64_t number, int64_t tile_rows) {
+  const int64_t first = number * tile_rows;
+  return {p.w, p.dim, first, std::min(first + tile_rows, p.classes * p.sub_centers)};
+}
 
 template <class T>
 void load_bias(const Problem<T>& p, Tile<T>& t) {
