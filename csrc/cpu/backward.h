@@ -11,7 +11,7 @@ struct TileSums {
 // From cosines to G = (g_red A + g_sum) s N', rivals only: in the place of C, or as bf16 [rows of the tile, columns].
 template <RuleCode rule, bool extras, class T>
 void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t, const Cosines<T>& cos,
-                    uint16_t* narrow, const TileSums<T>& sums) {
+                    uint16_t* narrow, const TileSums<T>& sums, Ahead& ahead) {
   constexpr int64_t lanes = kLanes<T>;
   const bool soft = p.reduction == Reduction::softplus;
   const Vec<T> zero{};
@@ -23,6 +23,7 @@ void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>&
     const Vec<T> red_low = load(in.red_low + row);
     for (int64_t j = 0; j < t.rows; j++) {
       T* at = first + j * cos.width;
+      if (p.bf16) ahead.ask(2 * kAskedLines);  // torch's products cannot ask
       const Element<T> e = element(p, t, cos, at, j, target);
       const Rival<Vec<T>> n = rival<rule, Ops>(e.c, tau, p.args);
       const Vec<T> u = scale * n.value + t.bias[j];
@@ -178,7 +179,7 @@ struct UpdateWeights {
 template <class T>
 struct BackwardPart {
   using Weigh = void (*)(const Problem<T>&, const BackwardIn<T>&, const Tile<T>&, const Cosines<T>&, uint16_t*,
-                         const TileSums<T>&);
+                         const TileSums<T>&, Ahead&);
   const Problem<T>& p;
   const BackwardIn<T>& in;
   PackedRows<T> x;
@@ -225,7 +226,7 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
     g.last_call = k + 1 == count;
     for (int64_t block = 0; block < part.p.padded; block += cut.block) {
       compute_cosines<Kept::read>(part.p, products, part.x, tile, block, cut.block, cos);
-      part.weigh(part.p, part.in, tile, cos, narrow, sums);
+      part.weigh(part.p, part.in, tile, cos, narrow, sums, ahead);
       for (int64_t r = 0; r < tile.rows; r++)
         g.along[r] = has_slope(p, tile.inv[r]) ? lane_sum<T>(sums.along[r]) * tile.inv[r] : T(0);
       if (sink) add_gradient(part.p, products, part.x, tile, cos, narrow, g, ahead, state);

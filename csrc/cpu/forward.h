@@ -56,7 +56,7 @@ bool raise_power(Vec<T> top, T* K, T* factor, double* sum, double* mean_v) {
 // From cosines to A; true if a row of O has to shrink by `factor` first.
 template <RuleCode rule, bool extras, class T>
 bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, RowSums<T>& s, int64_t s_first,
-                   const Weighted<T>& a_out, const Weighted<T>& slope_out) {
+                   const Weighted<T>& a_out, const Weighted<T>& slope_out, Ahead& ahead) {
   constexpr int64_t lanes = kLanes<T>;
   const bool soft = p.reduction == Reduction::softplus;
   const Vec<T> zero{};
@@ -87,6 +87,7 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
       Vec<T> a_square[lanes], slope_square[lanes], part{};  // many equal rivals round alike: sums of sums
       for (int64_t l = 0; l < lanes; l++) {
         const int64_t j = j0 + l;
+        if (p.bf16) ahead.ask(2 * kAskedLines);  // torch's products cannot ask
         a_square[l] = slope_square[l] = zero;
         if (j >= t.rows) continue;
         const Element<T> e = element(p, t, cos, first + j * cos.width, j, target);
@@ -218,7 +219,7 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
     Ahead ahead = tile_ahead(p, number + 1 < end ? number + 1 : cut.tiles, cut.tile_rows);
     for (int64_t block = first; block < last; block += cut.block) {
       compute_cosines<Kept::write>(p, products, x, tile, block, std::min(cut.block, last - block), cos);
-      const bool changed = weigh_forward<rule, extras>(p, tile, cos, s, cos.first - first, a, slope);
+      const bool changed = weigh_forward<rule, extras>(p, tile, cos, s, cos.first - first, a, slope, ahead);
       if (!(p.want & kDx)) continue;
       if (changed && number > begin) scale_share(cos, s.factor + cos.first - first, out.o_red);
       add_share(p, products, tile, cos, a, out.o_red, number > begin, ahead);
