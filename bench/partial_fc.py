@@ -15,7 +15,8 @@ import math
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -78,12 +79,18 @@ def theirs(folder: Path, classes: int, rate: float) -> Step:
     return Step(head, torch.optim.SGD([head.weight], LR, MOMENTUM), call)
 
 
-def methods(rate: float, folder: Path | None) -> dict[str, Callable[[int], Step]]:
-    """The peer first, then ours: with an optimizer made for it, and with torch's on a dense gradient."""
-    own = ["SweepSGD"] if rate == 1 else ["RowSGD", "SweepSGD"]
-    found = {f"PartialFC, fm.optim.{name}": lambda c, n=name: ours(n, c, rate) for name in own}
-    if rate == 1:
-        found["PartialFC, torch.optim.SGD"] = lambda c: ours("SGD", c, rate, sparse=False)
+OPTIMIZERS = ("RowSGD", "SweepSGD", "SGD")
+
+
+def methods(rate: float, folder: Path | None, wanted: Sequence[str]) -> dict[str, Callable[[int], Step]]:
+    """The peer first, then ours with the optimizers that are wanted: made for it, or torch's on a dense gradient."""
+    own = [name for name in (("SweepSGD", "SGD") if rate == 1 else ("RowSGD", "SweepSGD")) if name in wanted]
+    found = {
+        f"PartialFC, {'torch' if name == 'SGD' else 'fm'}.optim.{name}": partial(
+            ours, name, rate=rate, sparse=False if name == "SGD" else None
+        )
+        for name in own
+    }
     if folder is not None:
         found = {"InsightFace, torch.optim.SGD": lambda c: theirs(folder, c, rate)} | found
     return found
@@ -118,17 +125,18 @@ def parity(peer: Step, own: Step, x: Tensor, labels: Tensor) -> float:
     return max(found)
 
 
-def timed(classes: int, rate: float, folder: Path | None, rounds: int) -> None:
+def timed(classes: int, rate: float, options: argparse.Namespace) -> None:
     """Prints the times of one case."""
     x, labels = inputs(classes)
-    steps = {name: make(classes) for name, make in methods(rate, folder).items()}
+    folder = options.insightface
+    steps = {name: make(classes) for name, make in methods(rate, folder, options.optimizers).items()}
     names = list(steps)
     if folder is not None:
         for name in names[1:]:
             worst = parity(steps[names[0]], steps[name], x, labels)
             print(f"  gate: {name} is {worst:.1e} off InsightFace", flush=True)
     seconds: dict[str, list[float]] = {name: [] for name in names}
-    for number in range(rounds + 1):
+    for number in range(options.rounds + 1):
         for name in names if number % 2 else reversed(names):
             start = time.perf_counter()
             steps[name](x, labels)
@@ -144,7 +152,7 @@ def timed(classes: int, rate: float, folder: Path | None, rounds: int) -> None:
 
 def peak(name: str, classes: int, rate: float, folder: Path | None) -> None:
     """The child: prints the bytes that a step takes beyond weights and momentum."""
-    step, (x, labels) = methods(rate, folder)[name](classes), inputs(classes)
+    step, (x, labels) = methods(rate, folder, OPTIMIZERS)[name](classes), inputs(classes)
     step(x, labels)
     step.optimizer.zero_grad(set_to_none=True)
     if sys.platform == "linux":
@@ -157,7 +165,7 @@ def peak(name: str, classes: int, rate: float, folder: Path | None) -> None:
 
 def peaks(classes: int, rate: float, options: argparse.Namespace) -> None:
     found = {}
-    for name in methods(rate, options.insightface):
+    for name in methods(rate, options.insightface, options.optimizers):
         command = [
             sys.executable,
             "-m",
@@ -183,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument("--insightface", type=Path, metavar="PATH", help="its folder recognition/arcface_torch")
     p.add_argument("--classes", type=int, nargs="+", default=[200_000])
     p.add_argument("--rates", type=float, nargs="+", default=[1.0, 0.1])
+    p.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=OPTIMIZERS, help="of ours (default: all)")
     p.add_argument("--rounds", type=int, default=3, help="steps of each method (default: 3)")
     p.add_argument("--peak", help=argparse.SUPPRESS)
     options = p.parse_args(argv)
@@ -195,7 +204,7 @@ def main(argv: list[str] | None = None) -> None:
     for classes in options.classes:
         for rate in options.rates:
             print(f"{classes:,} classes, sample rate {rate:g}", flush=True)
-            timed(classes, rate, options.insightface, options.rounds)
+            timed(classes, rate, options)
             peaks(classes, rate, options)
 
 
