@@ -228,15 +228,16 @@ def write_sections(path: Path, kind: str, makers: dict[str, Callable[[], str]]) 
     path.write_text(fill_sections(path.read_text(), kind, makers))
 
 
-def filled(text: str, header: dict[str, str], rows: list[Row]) -> str:
-    """The text with its sections made anew."""
-    return fill_sections(text, "bench", {"summary": lambda: summary(rows, header), "rows": lambda: every_row(rows)})
+def filled(text: str, header: dict[str, str], rows: list[Row], kind: str = "bench") -> str:
+    """The text with its sections of this kind made anew."""
+    return fill_sections(text, kind, {"summary": lambda: summary(rows, header), "rows": lambda: every_row(rows)})
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.table", description=__doc__.split("\n")[0])
     parser.add_argument("csv", nargs="?", type=Path, default=results.FOLDER / "cpu.csv")
     parser.add_argument("--write", nargs="+", type=Path, metavar="FILE", default=[], help="replace the sections there")
+    parser.add_argument("--kind", default="bench", help="sections of another name, for another CSV (%(default)s)")
     args = parser.parse_args(argv)
     if not args.csv.exists():
         parser.error(f"{args.csv} is not there; expected the results of `python -m bench`")
@@ -245,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
         print(summary(rows, header))
     for path in args.write:
         try:
-            path.write_text(filled(path.read_text(), header, rows))
+            path.write_text(filled(path.read_text(), header, rows, args.kind))
         except ValueError as error:
             parser.error(f"{path}: {error}")
     if UNKNOWN in summary(rows):
