@@ -1,7 +1,7 @@
 """Losses whose rivals need an angle for every element, or no log-sum-exp: on the reference backend only.
 
-`fm.why_not` names the rule that a kernel lacks. Where only the target changes (rivals="cosine", kind "cosine",
-versions 0 and 1) they run on every backend.
+`fm.why_not("cpu", margin)` names the rule that kernels lack. Where only the target changes (rivals="cosine", kind
+"cosine", versions 0 and 1) they run on every backend.
 """
 
 from __future__ import annotations
