@@ -213,7 +213,7 @@ def _by_torch(
     """The loss, of any margin: the work on [B] is PyTorch's, slopes are autograd's."""
     x, w, labels, spec, shard = head
     found = _row_stats(head, margin, scale)
-    margin = margin.prepare(found, labels)
+    margin = _prepared(head, margin, found)
     s = _scale_at_rows(head, scale, found)
     extra_bias = margin.bias()
     bias = bias if extra_bias is None else shard.part(extra_bias, spec.num_classes)
@@ -223,6 +223,18 @@ def _by_torch(
     by = softplus(out.red - out.z) if extras.mining is not None and margin.softmax else loss  # what mining looks at
     loss = rows.smoothed(loss, out, margin, extras.smoothing, shard.swept(spec))
     return rows.reduced(loss, labels, head.valid, spec.num_classes, extras, by, margin.penalty()), stats
+
+
+def _prepared(head: _Inputs, margin: Margin, found: RowStats) -> Margin:
+    """The margin of the batch. The backend was chosen by the rule that the margin says before; it may be another."""
+    made = margin.prepare(found, head.labels)
+    spec = head.spec._replace(rule=made.rule().name)
+    if spec.rule != head.spec.rule and (reasons := backends.why_not(spec.backend, spec=spec, loss=type(made).__name__)):
+        raise ValueError(
+            f"{type(margin).__name__}.prepare() made a margin that backend={spec.backend!r} cannot run: "
+            f"{', '.join(reasons)}. Define rule() of {type(margin).__name__} too, or pass backend='reference'"
+        )
+    return made
 
 
 def _row_stats(head: _Inputs, margin: Margin, scale: RowParameter | str | ScaleRule) -> RowStats:

@@ -187,6 +187,27 @@ def test_why_not_of_tensors():
         fm.why_not("cpu", fm.SFace)
 
 
+def test_a_rule_without_a_kernel_that_only_prepare_brings():
+    class Late(fm.StatefulMargin):
+        def prepare(self, rows, labels):
+            return fm.P2SGrad()
+
+    class Said(Late):
+        def rule(self):
+            return fm.P2SGrad().rule()
+
+    if fm.why_not("cpu"):
+        pytest.skip(f"cpu: {fm.why_not('cpu')}")
+    x, w, labels = data("p2sgrad", FP32, 0)
+    words = r"Late\.prepare\(\) made .*'cpu' cannot run: no kernel has .* of P2SGrad; .* Define rule\(\) of Late too"
+    for backend in ("cpu", None):
+        with pytest.raises(ValueError, match=words):
+            margin_cross_entropy(x, w, labels, Late(), backend=backend)
+    margin_cross_entropy(x, w, labels, Late(), backend="reference")
+    with pytest.warns(fm.FallbackWarning, match="of Said"):
+        margin_cross_entropy(x, w, labels, Said())
+
+
 @pytest.mark.parametrize("name", [n for n, loss in LOSSES.items() if not loss.kernel])
 def test_reference_only_losses_say_so(name):
     if fm.why_not("cpu"):
