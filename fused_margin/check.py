@@ -217,6 +217,7 @@ def all_margins() -> list[Margin]:
         m.SVSoftmax(1.2, m.CosFace(0.35)),
         m.SVSoftmax(1.2, m.ArcFace(0.5)),
         m.SVSoftmax(1.2, m.ElasticFace()),
+        m.SVSoftmax(1.2, m.AdaFace()),
         m.MVSoftmax(),
         m.MVSoftmax(kind="arc", mode="fixed"),
         m.CurricularFace(),
