@@ -177,7 +177,7 @@ class Loss(NamedTuple):
         return ", ".join(parts + ["raw products"] * bool(raw))
 
     def has_kernel(self, classes: int) -> bool:
-        return not fm.why_not("cpu", spec=fm.functional.Spec(rule=self.margin(classes).rule().name))
+        return not fm.why_not("cpu", self.margin(classes))
 
     def __str__(self) -> str:
         numbers = ", ".join(f"{name} = {value:g}" for name, value in self.numbers.items())

@@ -4,9 +4,9 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 
 from . import functional, optim, pairs, schedules
-from .backends import BACKENDS, FallbackWarning, why_not
+from .backends import BACKENDS, FallbackWarning
 from .check import check_margin
-from .functional import Stats, margin_cross_entropy
+from .functional import Stats, margin_cross_entropy, why_not
 from .heads import MarginHead
 from .margins import (
     AdaFace,

@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import margins
-from .backends import BACKENDS, why_not
-from .functional import margin_cross_entropy
+from .backends import BACKENDS
+from .functional import margin_cross_entropy, why_not
 from .margins import Margin, Outcome, RowStats, as_margin
 from .rules import RULES
-from .spec import Spec
 
 _ROWS, _CLASSES, _DIM, _SCALE = 33, 131, 24, 16.0
 _GAP = 0.005  # in a cosine: what rounding both operands to bfloat16 may change
@@ -168,8 +167,7 @@ def check_margin(
         finally:
             module.train()
     name = _describe(margin)
-    spec = Spec(rule=margin.rule().name)
-    present = [b for b in BACKENDS if not why_not(b, spec=spec)] if backends is None else list(backends)
+    present = [b for b in BACKENDS if not why_not(b, margin)] if backends is None else list(backends)
     for backend in present:
         if why_not(backend):
             raise ValueError(f"backend {backend!r} is not present: {', '.join(why_not(backend))}")
@@ -219,6 +217,7 @@ def all_margins() -> list[Margin]:
         m.SVSoftmax(1.2, m.CosFace(0.35)),
         m.SVSoftmax(1.2, m.ArcFace(0.5)),
         m.SVSoftmax(1.2, m.ElasticFace()),
+        m.SVSoftmax(1.2, m.AdaFace()),
         m.MVSoftmax(),
         m.MVSoftmax(kind="arc", mode="fixed"),
         m.CurricularFace(),

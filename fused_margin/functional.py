@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import inputs, ops, rows
+from . import backends, inputs, ops, rows
 from .angles import softplus
 from .backends import BACKENDS, choose
 from .margins import Margin, Outcome, RowParameter, RowStats, as_margin, gather_rows
@@ -124,7 +124,7 @@ def margin_cross_entropy(
         num_classes=shard.count(weight, sub_centers),
         ignore_index=ignore_index,
     )
-    spec = spec._replace(backend=choose(backend, embeddings, weight, spec))
+    spec = spec._replace(backend=choose(backend, embeddings, weight, spec, type(margin).__name__))
     head = _Inputs(embeddings, weight, labels.long(), spec, shard)
     extras = rows.Extras(reduction, label_smoothing, mining, sample_weight, class_weight)
     forms = _forms(head, margin, scale, bias, extras)
@@ -133,6 +133,31 @@ def margin_cross_entropy(
     else:
         loss, stats = _by_torch(head, margin, scale, bias, extras, return_stats)
     return (loss, stats) if return_stats else loss
+
+
+def why_not(
+    backend: str,
+    margin: Margin | Callable[[Tensor], Tensor] | None = None,
+    embeddings: Tensor | None = None,
+    weight: Tensor | None = None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    sub_centers: int = 1,
+) -> list[str]:
+    """Why the backend cannot run, in words: at all, this margin, on these tensors. An empty list means that it can.
+
+    Arguments are those of `margin_cross_entropy`, each as far as it is known: `fm.why_not("cpu", fm.SFace())` says
+    which rule of its rivals no kernel has, and how one is asked for.
+    """
+    spec, loss = Spec(sub_centers=sub_centers), ""
+    if margin is not None:
+        margin = as_margin(margin)
+        spec, loss = spec._replace(rule=margin.rule().name), type(margin).__name__
+    if embeddings is not None:
+        spec = spec._replace(compute_dtype=_compute_dtype(compute_dtype, embeddings))
+    elif compute_dtype is not None:
+        spec = spec._replace(compute_dtype=compute_dtype)
+    return backends.why_not(backend, embeddings, weight, spec, loss)
 
 
 class _Inputs(NamedTuple):
@@ -188,7 +213,7 @@ def _by_torch(
     """The loss, of any margin: the work on [B] is PyTorch's, slopes are autograd's."""
     x, w, labels, spec, shard = head
     found = _row_stats(head, margin, scale)
-    margin = margin.prepare(found, labels)
+    margin = _prepared(head, margin, found)
     s = _scale_at_rows(head, scale, found)
     extra_bias = margin.bias()
     bias = bias if extra_bias is None else shard.part(extra_bias, spec.num_classes)
@@ -198,6 +223,18 @@ def _by_torch(
     by = softplus(out.red - out.z) if extras.mining is not None and margin.softmax else loss  # what mining looks at
     loss = rows.smoothed(loss, out, margin, extras.smoothing, shard.swept(spec))
     return rows.reduced(loss, labels, head.valid, spec.num_classes, extras, by, margin.penalty()), stats
+
+
+def _prepared(head: _Inputs, margin: Margin, found: RowStats) -> Margin:
+    """The margin of the batch. The backend was chosen by the rule that the margin says before; it may be another."""
+    made = margin.prepare(found, head.labels)
+    spec = head.spec._replace(rule=made.rule().name)
+    if spec.rule != head.spec.rule and (reasons := backends.why_not(spec.backend, spec=spec, loss=type(made).__name__)):
+        raise ValueError(
+            f"{type(margin).__name__}.prepare() made a margin that backend={spec.backend!r} cannot run: "
+            f"{', '.join(reasons)}. Define rule() of {type(margin).__name__} too, or pass backend='reference'"
+        )
+    return made
 
 
 def _row_stats(head: _Inputs, margin: Margin, scale: RowParameter | str | ScaleRule) -> RowStats:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import functional, inputs, rows
-from .backends import BACKENDS, why_not
+from .backends import BACKENDS
 from .margins import ArcFace, Margin, PerClass, PerSample, RowParameter, as_margin
 from .rows import Mining
 from .scales import ScaleRule
@@ -76,12 +76,10 @@ class MarginHead(KeepsPrecision):
             "backend": backend,
         }
         rows.check_reduction(reduction)
-        if backend is not None and why_not(backend):
-            raise ValueError(
-                f"backend={backend!r} cannot run: {', '.join(why_not(backend))}; have {', '.join(BACKENDS)}"
-            )
-        self._make_weight(bias, {"device": device, "dtype": dtype})
         margin = ArcFace() if margin is None else as_margin(margin)
+        if backend is not None and (reasons := functional.why_not(backend, margin, sub_centers=sub_centers)):
+            raise ValueError(f"backend={backend!r} cannot run: {', '.join(reasons)}; have {', '.join(BACKENDS)}")
+        self._make_weight(bias, {"device": device, "dtype": dtype})
         scale = inputs.scale_of(scale, margin, normalize_embeddings, normalize_weight)
         if isinstance(scale, (PerClass, PerSample)) or (isinstance(scale, Tensor) and scale.dim()):
             raise ValueError("a head has one scale for all; for others call functional.margin_cross_entropy")

@@ -2,7 +2,61 @@
 
 from .mutant_record import in_file as _in
 
+_ANGULAR, _MINING = "fused_margin/margins/angular.py", "fused_margin/margins/mining.py"
+# A little off, at the jump of a loss or of its slope: only tests/test_discontinuities.py looks there.
+_SHIFTED = [
+    *_in(
+        "fused_margin/rules.py",
+        ("hard_shifted", "torch.where(c > tau, args[0] * c", "torch.where(c > tau + 3e-6, args[0] * c"),
+        ("curricular_shifted", "torch.where(c > tau, c * (", "torch.where(c > tau + 3e-6, c * ("),
+        ("clip_shifted_below", "torch.where(c <= args[0], args[0]", "torch.where(c <= args[0] + 3e-6, args[0]"),
+        ("clip_shifted_above", "torch.where(c >= args[1], args[1]", "torch.where(c >= args[1] - 3e-6, args[1]"),
+        ("filter_shifted", "torch.where(c > args[0], torch", "torch.where(c > args[0] + 3e-6, torch"),
+    ),
+    *_in(
+        "fused_margin/backends/reference.py",
+        ("hard_rivals_of_another_mask", "rival & (c > tau[:, None])", "rival & (c > tau[:, None] + 3e-6)"),
+    ),
+    *_in(
+        _ANGULAR,
+        ("tail_shifted", "beyond = cos_y < -cos_m", "beyond = cos_y < -cos_m - 3e-6"),
+        ("easy_shifted", "torch.where(c > 0, value, c)", "torch.where(c > 3e-6, value, c)"),
+        ("combined_shifted", "turned.detach() > math.pi, joint", "turned.detach() > math.pi + 1e-5, joint"),
+    ),
+    *_in(
+        _MINING,
+        (
+            "mv_easy_shifted",
+            'cos_y > (0 if self.easy == "zero" else self.m)',
+            'cos_y > 3e-6 + (0 if self.easy == "zero" else self.m)',
+        ),
+        ("npc_easy_shifted", "torch.where(cos_y > 0, turned", "torch.where(cos_y > 3e-6, turned"),
+    ),
+    *_in("fused_margin/margins/bounds.py", ("eqm_shifted", "cos_y < self.t1, cos_y", "cos_y < self.t1 - 3e-6, cos_y")),
+    *_in(
+        "csrc/rules.h",
+        (
+            "kernel_hard_shifted",
+            "const auto masked = c > tau;\n    return {Ops::select(masked, args[0] * c",
+            "const auto masked = c > tau + T(3e-6);\n    return {Ops::select(masked, args[0] * c",
+        ),
+        (
+            "kernel_curricular_shifted",
+            "const auto masked = c > tau;\n    return {Ops::select(masked, c *",
+            "const auto masked = c > tau + T(3e-6);\n    return {Ops::select(masked, c *",
+        ),
+        ("kernel_clip_shifted_below", "Ops::select(c > lo, Ops::", "Ops::select(c > lo + T(3e-6), Ops::"),
+        ("kernel_clip_shifted_above", "Ops::select(c < hi, one", "Ops::select(c < hi - T(3e-6), one"),
+        ("kernel_filter_shifted", "dropped = c > zero + args[0]", "dropped = c > zero + args[0] + T(3e-6)"),
+    ),
+    *_in(
+        "csrc/margins.h",
+        ("kernel_tail_shifted", "beyond = c < -cos_m", "beyond = c < -cos_m - T(3e-6)"),
+        ("kernel_easy_shifted", "return c > T(0) ? turned", "return c > T(3e-6) ? turned"),
+    ),
+]
 LOSS_MUTANTS = [
+    *_SHIFTED,
     *_in(
         "fused_margin/angles.py",
         ("sine_floor_dropped", "SINE_FLOOR = 1e-3", "SINE_FLOOR = 0.0"),

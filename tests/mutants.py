@@ -35,6 +35,7 @@ TESTS = [
     "modules",
     "pairs",
     "hazards",
+    "discontinuities",
     "losses",
     "primitive",
     "heads",

@@ -13,6 +13,7 @@ import torch
 import fused_margin as fm
 from fused_margin.check import all_margins
 
+from . import test_hazards, test_losses
 from .loss_table import LOSSES
 
 ROOT = Path(__file__).parent.parent
@@ -142,8 +143,17 @@ def test_parameters_that_learn_get_a_gradient():
 
 def test_adding_a_loss_runs():
     snippets = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding_a_loss.md").read_text(), re.DOTALL)
-    assert len(snippets) == 3
-    exec("\n".join(snippets), {"__name__": "adding_a_loss"})
+    assert len(snippets) == 4
+    try:
+        exec("\n".join(snippets), {"__name__": "adding_a_loss"})
+        for backend in [b for b in ("cpu", "reference") if not fm.why_not(b)]:
+            for mode in test_losses.MODES.values():
+                test_losses.check("shrinking", mode, backend, "exact", 1 if mode.operands is None else 4)
+            test_losses.test_detached("shrinking", backend)
+            test_losses.test_gradcheck("shrinking", backend)
+        test_hazards.test_a_nan_row_shows_and_spoils_no_other("shrinking", torch.nan)
+    finally:
+        LOSSES.pop("shrinking", None)
 
 
 def test_readme_names_what_exists():

@@ -125,7 +125,7 @@ def _curricular(t):
 def test_logits_beyond_the_range_of_exp(name, backend):
     """A rival at c = 1 and a target at -1: the loss is the difference of the two logits."""
     make, scale, largest = LARGE[name]
-    if reasons := fm.why_not(backend, spec=fm.functional.Spec(rule=make().rule().name)):
+    if reasons := fm.why_not(backend, make()):
         pytest.skip(f"{backend}: {reasons[0]}")
     w = F.normalize(torch.randn(5, 8, generator=torch.Generator().manual_seed(1)))
     w[1] = -w[0]
@@ -198,30 +198,6 @@ def test_at_a_bound_the_slope_is_0(c_y, margin, backend):
     (d_w,) = torch.autograd.grad(loss, w)
     assert not d_w[0].any(), "the target's"
     assert bool(d_w[2:].any()) == (not c_y), "the rivals'"
-
-
-@pytest.mark.parametrize("dtype, rounding", [(torch.float32, 1e-6), (torch.bfloat16, 2**-8)])
-def test_at_the_discontinuity_within_a_band(dtype, rounding, backend):
-    """Rivals nearer to the threshold than rounding may fall on either side, all others may not: the loss of every row
-    lies between the two. `rounding` bounds the error of a cosine: each unit operand is off by 2^-9 of itself in
-    bfloat16. Logits are off by scale * t times that."""
-    g = torch.Generator().manual_seed(0)
-    w = torch.randn(40, 16, generator=g)
-    w[20:] = w[:20] * (1 + torch.rand(20, 1, generator=g))  # the twin of each target, of another norm
-    x, y, t, scale = w[:20] + 0.5 * torch.randn(20, 16, generator=g), torch.arange(20), 1.2, 8.0
-    options = {"scale": scale, "reduction": "none", "compute_dtype": dtype, "backend": backend}
-    got = margin_cross_entropy(x, w, y, fm.SVSoftmax(t), **options)
-    cos = F.normalize(x.double()) @ F.normalize(w.double()).T
-    above = cos - cos[y, y][:, None]
-    low, high = (
-        F.cross_entropy(
-            scale * torch.where(hard, t * cos + t - 1, cos).index_put((y, y), cos[y, y]), y, reduction="none"
-        )
-        for hard in (above > 2 * rounding, above > -2 * rounding)
-    )
-    slack = scale * t * rounding + 1e-6
-    assert (high - low > 3 * slack).all()
-    assert ((got >= low - slack) & (got <= high + slack)).all()
 
 
 def test_a_margin_module_is_not_called():

@@ -163,6 +163,51 @@ def test_gradcheck(name, backend):
     assert torch.autograd.gradcheck(run, leaves, atol=1e-6, rtol=1e-4)
 
 
+def test_why_not_names_the_losses_of_the_reference_backend():
+    """Those that docs/losses.md lists as such; the words say which loss, which rule, and how a kernel is asked for."""
+    made = {name: loss.make(CLASSES, DIM) for name, loss in LOSSES.items()}
+    assert not any(fm.why_not("reference", margin) for margin in made.values())
+    present = fm.why_not("cpu")
+    reasons = {name: fm.why_not("cpu", margin)[len(present) :] for name, margin in made.items()}
+    assert {name for name in made if reasons[name]} == {name for name, loss in LOSSES.items() if not loss.kernel}
+    (reason,) = reasons["sface"]
+    assert reason.startswith("no kernel has the rival rule 'sigmoid_weight' of SFace; csrc/README.md says how one is")
+    assert reason.endswith("or ask for it in an issue that names the rule and your B, C and D")
+
+
+def test_why_not_of_tensors():
+    """What is known of the call can be told, as to `margin_cross_entropy`."""
+    x, w = torch.zeros(2, 3), torch.zeros(4, 3)
+    assert fm.why_not("reference", fm.CosFace(), x, w) == []
+    assert fm.why_not("cpu", lambda c: c, x, w) == fm.why_not("cpu")
+    assert "embeddings are on cpu, not on a GPU" in fm.why_not("cuda", fm.CosFace(), x, w)
+    assert "sub_centers is 17; the kernels take at most 16" in fm.why_not("triton", sub_centers=17)
+    assert "compute_dtype is torch.float64" in fm.why_not("triton", None, x.double(), w)
+    with pytest.raises(TypeError, match=r"pass an instance, as in SFace\(\)"):
+        fm.why_not("cpu", fm.SFace)
+
+
+def test_a_rule_without_a_kernel_that_only_prepare_brings():
+    class Late(fm.StatefulMargin):
+        def prepare(self, rows, labels):
+            return fm.P2SGrad()
+
+    class Said(Late):
+        def rule(self):
+            return fm.P2SGrad().rule()
+
+    if fm.why_not("cpu"):
+        pytest.skip(f"cpu: {fm.why_not('cpu')}")
+    x, w, labels = data("p2sgrad", FP32, 0)
+    words = r"Late\.prepare\(\) made .*'cpu' cannot run: no kernel has .* of P2SGrad; .* Define rule\(\) of Late too"
+    for backend in ("cpu", None):
+        with pytest.raises(ValueError, match=words):
+            margin_cross_entropy(x, w, labels, Late(), backend=backend)
+    margin_cross_entropy(x, w, labels, Late(), backend="reference")
+    with pytest.warns(fm.FallbackWarning, match="of Said"):
+        margin_cross_entropy(x, w, labels, Said())
+
+
 @pytest.mark.parametrize("name", [n for n, loss in LOSSES.items() if not loss.kernel])
 def test_reference_only_losses_say_so(name):
     if fm.why_not("cpu"):
@@ -170,7 +215,10 @@ def test_reference_only_losses_say_so(name):
     loss = LOSSES[name]
     x, w, labels = data(name, FP32, 0)
     margin = loss.make(CLASSES, DIM)
-    with pytest.raises(ValueError, match=r"no kernel has the rival rule '.*'; csrc/README\.md says how one is added"):
+    words = rf"no kernel has the rival rule '.*' of {type(margin).__name__}; csrc/README\.md says how one is added"
+    with pytest.raises(ValueError, match=words):
+        fm.MarginHead(DIM, CLASSES, margin, scale=loss.scale, backend="cpu")
+    with pytest.raises(ValueError, match=words):
         margin_cross_entropy(x, w, labels, margin, backend="cpu", **options(loss, CLASSES))
     with pytest.warns(fm.FallbackWarning, match="no kernel has the rival rule"):
         margin_cross_entropy(x, w, labels, margin, **options(loss, CLASSES))

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fused_margin import ops, why_not
+from fused_margin import ops
+from fused_margin.backends import why_not
 from fused_margin.rules import CODES, RULES, Rule
 from fused_margin.spec import Aux, Spec, Want
 

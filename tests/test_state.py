@@ -103,7 +103,9 @@ def test_curricular_t_over_three_steps(batch):
     assert module.margin_module.t.item() == pytest.approx(t, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", [*STATEFUL, "elastic", "npc", "magface", "sphereface2", "sv of elastic"])
+@pytest.mark.parametrize(
+    "name", [*STATEFUL, "elastic", "npc", "magface", "sphereface2", "sv of elastic", "sv of adaface"]
+)
 def test_compiles_without_graph_breaks_and_once(name, backend, batch):
     more = {
         "elastic": lambda: {"margin": fm.ElasticFace(sigma=0.0)},
@@ -111,6 +113,7 @@ def test_compiles_without_graph_breaks_and_once(name, backend, batch):
         "magface": lambda: {"margin": fm.MagFace(0.5, 1.5)},
         "sphereface2": lambda: {"margin": fm.SphereFace2(C)},
         "sv of elastic": lambda: {"margin": fm.SVSoftmax(1.2, fm.ElasticFace(sigma=0.0))},
+        "sv of adaface": lambda: {"margin": fm.SVSoftmax(1.2, fm.AdaFace())},
     }
     module = head(**(STATEFUL[name][0] if name in STATEFUL else more[name])(), backend=backend)
     eager = copy.deepcopy(module)

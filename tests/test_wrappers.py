@@ -1,5 +1,6 @@
 """Margins that change another one: all that the base brings stays, or the two are refused."""
 
+import math
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -131,12 +132,25 @@ class _RuleInItsRecord(fm.StatefulMargin):
 
 @pytest.mark.parametrize("wrap", [fm.Annealed, lambda m: fm.SVSoftmax(1.2, m), lambda m: fm.InterclassFilter(0.4, m)])
 def test_a_base_with_a_rule_is_refused(wrap, inputs):
-    for base in (fm.AdaFace(), fm.CurricularFace(), fm.EqM(), fm.CircleLoss(), fm.NPCFace(), fm.SFace(), fm.UniFace(C)):
+    for base in (fm.CurricularFace(), fm.EqM(), fm.CircleLoss(), fm.NPCFace(), fm.SFace(), fm.UniFace(C)):
         with pytest.raises(TypeError, match=f"base = {type(base).__name__} has a rival rule of its own"):
             wrap(base)
     margin = wrap(_RuleInItsRecord())  # known only where the batch is
-    with pytest.raises(TypeError, match="base = _Filtered has a rival rule of its own; expected one without"):
+    with pytest.raises(TypeError, match="base = _Filtered has a rival rule of its own, and a row's"):
         margin_cross_entropy(*inputs, margin)
+
+
+def _adaface():
+    margin = fm.AdaFace(0.4).double()
+    margin.mean.fill_(1.0)
+    margin.std.fill_(0.25)
+    return margin.eval()
+
+
+def _of_quality(c, norm, y):
+    """2204.00964, q a constant; no target cosine here is near +-1."""
+    q = (0.333 * (norm.detach() - 1.0) / (0.25 + 1e-3)).clamp(-1, 1)
+    return torch.cos((torch.acos(c) - 0.4 * q).clamp(1e-3, math.pi - 1e-3)) - (0.4 + 0.4 * q)
 
 
 PER_ROW = {  # margins of each row by itself, and the target transform of the oracle
@@ -152,6 +166,7 @@ PER_ROW = {  # margins of each row by itself, and the target transform of the or
         lambda: fm.MagFace(0.5, 1.5, 0.2, 0.8, 0.0, "raw"),
         lambda c, norm, y: torch.cos(torch.acos(c) + 0.2 + 0.6 * (norm.clamp(0.5, 1.5) - 0.5)),
     ),
+    "adaface": (_adaface, _of_quality),
 }
 
 

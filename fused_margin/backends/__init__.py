@@ -21,38 +21,42 @@ class FallbackWarning(UserWarning):
     """No fused backend can run this input, so the reference backend, which materialises [B, C], does."""
 
 
-def why_not(name: str, x: Tensor | None = None, w: Tensor | None = None, spec: Spec | None = None) -> list[str]:
+def why_not(
+    name: str, x: Tensor | None = None, w: Tensor | None = None, spec: Spec | None = None, loss: str = ""
+) -> list[str]:
     """Why the backend cannot run (this input), in words; an empty list means that it can.
 
-    Without tensors: why it cannot run at all.
+    Without tensors: why it cannot run at all. loss: what has the spec's rule, for the words.
     """
     if name not in BACKENDS:
         return [f"there is no backend {name!r}"]
     spec = spec if spec is not None else Spec()
     reasons = BACKENDS[name].why_not(x, w, spec)
     if name != "reference" and not RULES[spec.rule].kernel:
-        lacks = f"no kernel has the rival rule {spec.rule!r}; csrc/README.md says how one is added, or ask for it"
-        reasons = [*reasons, lacks]
+        of = f" of {loss}" if loss else ""
+        lacks = f"no kernel has the rival rule {spec.rule!r}{of}; csrc/README.md says how one is added"
+        reasons = [*reasons, f"{lacks}, or ask for it in an issue that names the rule and your B, C and D"]
     return reasons
 
 
-def _report(x: Tensor, w: Tensor, spec: Spec) -> str:
-    reasons = {name: why_not(name, x, w, spec) for name in BACKENDS}
+def _report(x: Tensor, w: Tensor, spec: Spec, loss: str) -> str:
+    reasons = {name: why_not(name, x, w, spec, loss) for name in BACKENDS}
     return "; ".join(f"{name}: {', '.join(r) if r else 'can run'}" for name, r in reasons.items())
 
 
-def choose(name: str | None, x: Tensor, w: Tensor, spec: Spec) -> str:
+def choose(name: str | None, x: Tensor, w: Tensor, spec: Spec, loss: str) -> str:
     """The backend asked for, if it can run this input, else an error that says why not; None: the first that can."""
     if name is not None:
-        reasons = why_not(name, x, w, spec)
+        reasons = why_not(name, x, w, spec, loss)
         if reasons:
-            raise ValueError(f"backend={name!r} cannot run this: {', '.join(reasons)}. Backends: {_report(x, w, spec)}")
+            rest = _report(x, w, spec, loss)
+            raise ValueError(f"backend={name!r} cannot run this: {', '.join(reasons)}. Backends: {rest}")
         return name
     chosen = next(name for name in BACKENDS if not why_not(name, x, w, spec))
     if chosen == "reference" and not torch.compiler.is_compiling():
         warnings.warn(
             f"no fused backend can run this input, so plain PyTorch does, which holds [B, C] tensors; "
-            f"backend='reference' silences this. {_report(x, w, spec)}",
+            f"backend='reference' silences this. {_report(x, w, spec, loss)}",
             FallbackWarning,
             stacklevel=4,
         )

@@ -29,6 +29,7 @@ class _Ada(Margin):
     eps: float
     gradient: str = field(default="exact", kw_only=True)
     additive: ClassVar[bool] = False
+    guards: ClassVar[bool] = True
 
     def target(self, cos_y: Tensor) -> Tensor:
         c = cos_y.clamp(-1 + self.eps, 1 - self.eps)
@@ -43,8 +44,9 @@ class AdaFace(StatefulMargin):
     """The norm of an embedding as a measure of image quality, which sets angle and cosine margin.
 
     Equivalent to: `q = clip(h (|x| - mean) / (std + eps), -1, 1)`, a constant in the gradient, with |x| clipped to
-    [1e-3, 100]; `T = cos(clip(theta - m q, eps, pi - eps)) - (m + m q)`, all cosines clipped to +-(1 - eps) first. In
-    training mode, before use, mean and std (unbiased) move towards those of the batch by `rate`.
+    [1e-3, 100]; `T = cos(clip(theta - m q, eps, pi - eps)) - (m + m q)`, all cosines clipped to +-(1 - eps) first
+    (the target's alone in `SVSoftmax` and other wrappers: their rule takes the place of this guard). In training mode,
+    before use, mean and std (unbiased) move towards those of the batch by `rate`.
     Args: m >= 0 (0.4), a float or a 0-dim tensor; h > 0 (0.333), rate in [0, 1] (0.01), eps (1e-3). State: `mean` 20,
         `std` 100 at first.
     Source: Kim et al. 2022, AdaFace (arXiv 2204.00964) and its code; s = 64.
@@ -53,6 +55,7 @@ class AdaFace(StatefulMargin):
     needs = ("norm",)
     additive = False
     constants = True
+    guards = True
 
     def __init__(
         self,

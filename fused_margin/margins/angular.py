@@ -13,12 +13,11 @@ from torch import Tensor
 from ..angles import safe_angle, safe_sine
 from ..spec import EPS
 from .base import Margin, RowStats, Wrapper, cos_of, sin_of
-from .checks import GRADIENTS, choice, parameter, scalar
+from .checks import GRADIENTS, choice, parameter, psi_factor, scalar
 from .parameters import PerClass, PerSample, RowParameter
 
 TAILS = ("raw", "linear", "continuous", "clamp", "easy")
 LARGEST_DEGREE = 16  # of psi's polynomial for whole m; beyond, and between, psi takes the angle
-LARGEST_FACTOR = 64  # of the angle in psi; papers stop at 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +77,7 @@ class SphereFace(Margin):
 
     Equivalent to: `T = psi(theta) = (-1)^k cos(m theta) - 2 k`, k = floor(m theta / pi). An integer m (int or a whole
     float) is computed as a polynomial in c, without acos; any other m, and a tensor, from the angle.
-    Args: m >= 1 (default 1.7): a float, [C] per class or [B] per sample, with gradient if asked.
+    Args: m in [1, 64] (default 1.7): a float, [C] per class or [B] per sample, with gradient if asked.
     Source: Liu et al. 2017, SphereFace (arXiv 1704.08063) eq. 7; real m as in SphereFace-R (arXiv 2109.05565).
     A-Softmax proper is `SphereFace(4)` with `scale="norm"`; else s = 30, as OpenSphere has it.
     """
@@ -89,7 +88,7 @@ class SphereFace(Margin):
     default_scale: ClassVar[float] = 30.0
 
     def __post_init__(self) -> None:
-        parameter("m", self.m, 1, LARGEST_FACTOR, "psi has as many folds, and T falls by 2 at each")
+        psi_factor("m", self.m)
         choice("gradient", self.gradient, GRADIENTS)
 
     def target(self, cos_y: Tensor) -> Tensor:
@@ -211,7 +210,7 @@ class LSoftmax(Margin):
 
     Equivalent to: `T = n psi(theta)`, n = |x| |w_y|, on products `x . w` (`normalize_embeddings=False,
     normalize_weight=False, scale=1`); psi as in `SphereFace`. The gradient through |w_y| makes a second tensor [C, D].
-    Args: m >= 1 (default 4).
+    Args: m in [1, 64] (default 4).
     Source: Liu et al. 2016, Large-Margin Softmax (arXiv 1612.02295) eqs. 4-6, annealed: `Annealed(LSoftmax())`.
     """
 
@@ -223,7 +222,7 @@ class LSoftmax(Margin):
     needs: ClassVar[tuple[str, ...]] = ("norm", "weight_norm")
 
     def __post_init__(self) -> None:
-        parameter("m", self.m, 1, LARGEST_FACTOR, "psi has as many folds, and T falls by 2 at each")
+        psi_factor("m", self.m)
         choice("gradient", self.gradient, GRADIENTS)
 
     def prepare(self, rows: RowStats, labels: Tensor) -> LSoftmax:

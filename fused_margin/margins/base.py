@@ -73,6 +73,7 @@ class Margin:
     softmax: ClassVar[bool] = True  # the loss of a row is a cross-entropy over the classes
     products: ClassVar[bool] = False  # works on raw products x . w, not on cosines
     masked: ClassVar[bool] = False  # N jumps at a threshold
+    guards: ClassVar[bool] = False  # N only keeps cosines off +-1: the rule of a wrapper may take its place
     constants: ClassVar[bool] = False  # a factor of T or N depends on x or w, and is a constant in the gradient
     default_scale: float | str = 64.0  # s where none is given; "norm": the norm of each embedding
     norm_as_scale: bool | None = None  # True: s must be "norm"; False: it must not be; None: either
@@ -308,8 +309,11 @@ class Wrapper(Margin):
 
 
 def _without_rule(base: Margin) -> None:
-    if base.masked or base.reduction != "logsumexp" or base.rule() != IDENTITY:
-        raise TypeError(f"base = {type(base).__name__} has a rival rule of its own; expected one without")
+    if base.masked or base.reduction != "logsumexp" or not (base.guards or base.rule() == IDENTITY):
+        raise TypeError(
+            f"base = {type(base).__name__} has a rival rule of its own, and a row's rivals have one rule; expected a "
+            "base that changes the target alone, as ArcFace"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,8 +29,8 @@ class EqM(Margin):
     Certain (the abstract, and a review's summary of eqs. 7-18): both bounds, the difference t1 - t2 as an offset, W_y
     is updated only while c_y < t1 and W_j only while c_j > t2, steady as the scale varies. Inferred: the exact form of
     eq. 7. offset=0 is the other reading of it; a toy run spoke for t1 - t2, as offset=0 depends on the scale.
-    Args: -1 <= t2 < t1 <= 1 (the paper's values are unknown; ours are 0.75 and 0.25), offset: None for t1 - t2; each a
-        float or a 0-dim tensor, which may change during a training.
+    Args: -1 <= t2 < t1 <= 1 (the paper's values are unknown; ours are 0.75 and 0.25), offset in [0, 2]: None
+        for t1 - t2; each a float or a 0-dim tensor, which may change during a training.
     Source: Sun et al. 2020, An Equalized Margin Loss for Face Recognition (IEEE TMM, DOI 10.1109/TMM.2020.2966863; UCL
     Discovery 10089852 is an open copy, which was not read for this).
     """

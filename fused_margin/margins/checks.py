@@ -16,6 +16,7 @@ from torch import Tensor
 from .parameters import PerClass, PerSample, RowParameter
 
 GRADIENTS = ("exact", "detached")
+LARGEST_FACTOR = 64  # of the angle in psi; papers stop at 4
 
 
 def number(name: str, value: float, low: float = -math.inf, high: float = math.inf, why: str = "") -> None:
@@ -48,6 +49,11 @@ def parameter(name: str, value: RowParameter, low: float = -math.inf, high: floa
     if not (low <= value <= high and abs(value) < math.inf):  # False for nan
         bounds = "a finite number" + ("" if low == -math.inf and high == math.inf else f" in [{low:g}, {high:g}]")
         raise ValueError(f"{name} = {value!r}; expected {bounds}{f': {why}' if why else ''}")
+
+
+def psi_factor(name: str, value: RowParameter) -> None:
+    """The m of psi(m theta)."""
+    parameter(name, value, 1, LARGEST_FACTOR, "psi has as many folds, and T falls by 2 at each")
 
 
 def count(name: str, value: int, low: int = 1, why: str = "") -> None:

@@ -32,7 +32,7 @@ class SVSoftmax(Wrapper):
     with one, SV-X-Softmax. The mask carries no gradient; t = 1 masks nothing.
     Args: t >= 1 (default 1.2; the paper finds that t > 1.4 may not converge): a float or a 0-dim tensor. base: any
         margin without a rival rule, also one with a state or with a margin for each sample: T(cos_y), and so the mask,
-        is that of the row. AdaFace clips its rivals, which is a rule, and is refused.
+        is that of the row. With AdaFace the rivals' clip at +-(1 - eps), a guard, gives way to N.
     Source: Wang et al. 2018, Support Vector Guided Softmax Loss (arXiv 1812.11317) eqs. 5-7, 12, 13; s = 30 there.
     """
 

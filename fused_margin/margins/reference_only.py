@@ -1,7 +1,7 @@
 """Losses whose rivals need an angle for every element, or no log-sum-exp: on the reference backend only.
 
-`fm.why_not` names the rule that a kernel lacks. Where only the target changes (rivals="cosine", kind "cosine",
-versions 0 and 1) they run on every backend.
+`fm.why_not("cpu", margin)` names the rule that kernels lack. Where only the target changes (rivals="cosine", kind
+"cosine", versions 0 and 1) they run on every backend.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..angles import safe_angle
 from ..rules import IDENTITY, Rule
 from .angular import SphereFace, clamped_multiple
 from .base import Margin, Outcome, RowStats
-from .checks import GRADIENTS, choice, number, parameter, scalar
+from .checks import GRADIENTS, choice, number, parameter, psi_factor, scalar
 from .parameters import PerSample, RowParameter
 
 
@@ -28,7 +28,7 @@ class GASoftmax(Margin):
     Equivalent to: `T = g(m theta)`, `N = g(theta)`, where g is, by `kind`,
     linear: `1 - 2 theta / pi` | cosine: `cos` continued to fall (psi of `SphereFace`, so that N = c) |
     sigmoid: `A (1 - e) / (1 + e)`, `e = exp(theta / k - h)`, `A = (1 + exp(-h)) / (1 - exp(-h))`, `h = pi / (2 k)`.
-    Args: m >= 1 (1.5), k > 0 for sigmoid (0.5). Linear and sigmoid have no kernel.
+    Args: m >= 1 (1.5), for cosine at most 64; k in [1e-3, 1e3] for sigmoid (0.5). Linear and sigmoid have no kernel.
     Source: Liu et al. 2017, Deep Hyperspherical Learning (arXiv 1711.03189); scale="norm" there, 30 in OpenSphere,
     whose code leaves the factor m out of the gradient.
     """
@@ -43,6 +43,8 @@ class GASoftmax(Margin):
     def __post_init__(self) -> None:
         choice("kind", self.kind, ("linear", "cosine", "sigmoid"))
         parameter("m", self.m, 1, math.inf, "for m < 1 the target would be favoured")
+        if self.kind == "cosine":
+            psi_factor("m", self.m)
         scalar("k", self.k, 1e-3, 1e3)
         choice("gradient", self.gradient, GRADIENTS)
 
@@ -120,7 +122,8 @@ class SphereFaceR(Margin):
     2: `T = c`, `N = cos(theta / m)` (no kernel).
     norm "hard": `loss = weight / s CE` with a fixed s (30), or plain CE without a weight | "none": CE with s = |x|,
     which is `scale="norm"` | "soft": the same and `pull | |x| - length |`.
-    Args: m >= 1 (1.4), weight > 0 of "hard" (None; OpenSphere has 50), pull >= 0 (0.01), length (30).
+    Args: m >= 1 (1.4), in version 0 at most 64; weight > 0 of "hard" (None; OpenSphere has 50), pull >= 0 (0.01),
+        length (30).
     Source: Liu et al. 2022, SphereFace Revived (arXiv 2109.05565), OpenSphere, which takes gradient="detached".
     """
 
@@ -138,6 +141,8 @@ class SphereFaceR(Margin):
         parameter("m", self.m, 1)
         if self.version not in (0, 1, 2):
             raise ValueError(f"version = {self.version!r}; expected 0, 1 or 2")
+        if self.version == 0:
+            psi_factor("m", self.m)
         if self.version == 2:
             scalar("m", self.m, 1)
         choice("norm", self.norm, ("hard", "none", "soft"))
