@@ -99,7 +99,10 @@ def gradient_kernel(
             g *= slope
         if x.dtype.element_ty == tl.float16:
             g *= HALF_UNIT
-        at = gradient + i.to(tl.int64)[:, None] * chunk + (j_row - first_row)[None, :]
+        # Not from j_row, which ends at the last class: where a thread's columns follow each other, one address does.
+        slot = tl.arange(0, SLOTS)
+        column = (tile - first_tile) * (SLOTS // GROUP * CENTERS) + slot // GROUP * CENTERS + slot % GROUP
+        at = gradient + i.to(tl.int64)[:, None] * chunk + column[None, :]
         tl.store(at, g.to(x.dtype.element_ty), mask=(i < batch)[:, None] & valid[None, :])
     if TO_W_HAT:  # noqa: SIM102 (a constant, and a value that is known when the kernel runs)
         if block == 0:  # for the product with G that gives dX; the rows are in the cache
