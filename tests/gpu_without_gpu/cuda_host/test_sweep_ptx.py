@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from ... import cases
+from ...test_primitive import check_masks_of_both_directions
 from .. import mutations
 from ..proof import record
 from ..ptx import PTXError
@@ -102,7 +103,7 @@ def mutate(launch):
     written, right = before.changed(), Memory.of(buffers)
     tried = [(mutant, changed, buffers, smem) for mutant, changed in mutations.mutants(text)]
     if smem:
-        tried.append(("less shared memory", text, buffers, smem - 256))
+        tried.append(("less shared memory", text, buffers, max(smem - 256, 0)))
     for number, last in written:
         short = [(at, m[:last] if k == number else m) for k, (at, m) in enumerate(buffers)]
         tried.append((f"output {number} shortened", text, short, smem))
@@ -183,3 +184,11 @@ def test_same_bits_twice():
         with emulated(80):
             found.append(cases.run(problem, "cuda"))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 120])
+@pytest.mark.parametrize("operands", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_masks_at_the_threshold_are_decided_alike_in_both_directions(arch, operands):
+    with emulated(arch):
+        check_masks_of_both_directions("cuda", operands, arch // 40 % 2, 20, 140, 104)
