@@ -42,7 +42,7 @@ def check(arch, device, margin, mode, shape, **options):
         rule.add_all(got, cases.plain(problem), cases.exact(problem))
         errors.update(rule.errors)
 
-    hold_to_the_rule(cases.MODES[mode].compute, draw, draws=1)
+    hold_to_the_rule(cases.MODES[mode].operands, draw, draws=1, most=8)
     text = "".join(used)
     tile = "as shipped" if device is None else f"{device.half.sweep.rows}x{device.half.sweep.slots}x{device.half.depth}"
     row = {
