@@ -239,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
                 print(_line(row), flush=True)
                 rows.append(row)
     write(args.output, about, rows)
-    draw(args.output.with_suffix(".png"), about, rows)
+    if any(row.status == "ok" for row in rows):
+        draw(args.output.with_suffix(".png"), about, rows)
     return int(any(row.status.startswith("red gate") for row in rows))
 
 

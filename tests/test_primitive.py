@@ -270,24 +270,31 @@ def test_row_without_rival(backend):
         torch.testing.assert_close(g, torch.zeros_like(g), msg=name)
 
 
-@pytest.mark.parametrize("ahead", [0, 1], ids=["tau at the best rival", "tau just below it"])
-@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
-def test_masks_are_decided_alike_in_both_directions(backend, compute, ahead):
+AHEAD = {"tau at the best rival": 0, "tau just below it": 1}
+
+
+def check_masks_of_both_directions(backend, compute, ahead, batch=200, classes=1500, dim=64, **changes):
     """tau is a rival's cosine to the last bit: `c > tau` is strict, and the backward sees the same cosine.
 
     Otherwise the probabilities of the backward, which the bias' gradient adds up, would not add up to 1.
     """
-    inputs = Inputs(200, 1500, 64, "hard", dtype=torch.float32)
+    inputs = Inputs(batch, classes, dim, "hard", dtype=torch.float32)
     inputs.leaves["bias"].data.zero_()
-    inputs.tau = torch.full((200,), 2.0)  # nothing is masked
-    unmasked, _, _, aux = inputs.run(backend, compute_dtype=compute)
+    inputs.tau = torch.full((batch,), 2.0)  # nothing is masked
+    unmasked, _, _, aux = inputs.run(backend, compute_dtype=compute, **changes)
     best = Aux(*aux).best
     inputs.tau = torch.nextafter(best, best - 1) if ahead else best
-    red, _, _, aux = inputs.run(backend, compute_dtype=compute)
+    red, _, _, aux = inputs.run(backend, compute_dtype=compute, **changes)
     assert bool((red > unmasked).all()) if ahead else torch.equal(red, unmasked)
-    torch.testing.assert_close(Aux(*aux).masked_count, torch.full((200,), float(ahead)))
+    torch.testing.assert_close(Aux(*aux).masked_count, torch.full((batch,), float(ahead)))
     (d_bias,) = torch.autograd.grad(red.sum(), inputs.leaves["bias"])
-    assert float(d_bias.double().sum()) == pytest.approx(200, rel=1e-5)
+    assert float(d_bias.double().sum()) == pytest.approx(batch, rel=1e-5)
+
+
+@pytest.mark.parametrize("ahead", AHEAD.values(), ids=AHEAD)
+@pytest.mark.parametrize("compute", [torch.float32, torch.bfloat16])
+def test_masks_are_decided_alike_in_both_directions(backend, compute, ahead):
+    check_masks_of_both_directions(backend, compute, ahead)
 
 
 def _sweep_args(backend, rule, **changes):

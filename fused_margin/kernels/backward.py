@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from .rival import exponent, rival, softplus
-from .tile import EPS, HALF_UNIT, clamp, cosines, inverse_norm, load_slice, rivals, tile_rows
+from .tile import EPS, HALF_UNIT, clamp, cosines, inverse_norm, rivals, tile_rows
 
 
 @triton.jit(do_not_specialize=["batch", "classes", "first_tile"])
@@ -99,15 +99,21 @@ def gradient_kernel(
             g *= slope
         if x.dtype.element_ty == tl.float16:
             g *= HALF_UNIT
-        at = gradient + i.to(tl.int64)[:, None] * chunk + (j_row - first_row)[None, :]
+        # Not from j_row, which ends at the last class: where a thread's columns follow each other, one address does.
+        slot = tl.arange(0, SLOTS)
+        column = (tile - first_tile) * (SLOTS // GROUP * CENTERS) + slot // GROUP * CENTERS + slot % GROUP
+        at = gradient + i.to(tl.int64)[:, None] * chunk + column[None, :]
         tl.store(at, g.to(x.dtype.element_ty), mask=(i < batch)[:, None] & valid[None, :])
     if TO_W_HAT:  # noqa: SIM102 (a constant, and a value that is known when the kernel runs)
         if block == 0:  # for the product with G that gives dX; the rows are in the cache
             for first in range(0, D, DEPTH):
+                # [j, d], not [d, j] as in `cosines`: the store's layout would become that of the loads there, and the
+                # norms would be added up in another order than in the forward.
                 d = first + tl.arange(0, DEPTH)
-                b_w = load_slice(w, j_source, d, D, w_row, w_col, WHOLE).to(tl.float32) * inverse[None, :]
-                w_at = w_hat + (j_row - first_row).to(tl.int64)[None, :] * D + d[:, None]
-                tl.store(w_at, b_w.to(x.dtype.element_ty), mask=(d < D)[:, None] & valid[None, :])
+                from_w = w + j_source[:, None] * w_row + d[None, :] * w_col
+                b_w = tl.load(from_w, mask=d[None, :] < D, other=0.0).to(tl.float32) * inverse[:, None]
+                w_at = w_hat + (j_row - first_row).to(tl.int64)[:, None] * D + d[None, :]
+                tl.store(w_at, b_w.to(x.dtype.element_ty), mask=(d < D)[None, :] & valid[:, None])
 
 
 @triton.jit(do_not_specialize=["batch", "classes", "first_class", "blocks"])

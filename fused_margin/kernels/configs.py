@@ -39,6 +39,7 @@ class Device(NamedTuple):
         int  # at one time, which sets the number of splits; a constant, so that equal architectures get equal bits
     )
     chunk_bytes: int  # of G, so that it stays in the L2 cache beside the rows of w
+    ranged_depth: int = 0  # in place of half's, if not 0, for fp16 operands made of wider weights: see tile.cosines
 
 
 PRECISIONS = ("ieee", "tf32x3", "tf32")  # the last one, wrong by 2.5e-2 in a log-sum-exp at s = 64, only on request
@@ -55,7 +56,7 @@ _FULL = _cut(Tile(128, 64, 8, 2), 32, _NONE, 0)
 DEVICES: dict[str, Device] = {
     "cuda80": Device(_HALF, _FULL, "tf32x3", programs=108, chunk_bytes=12 * _MIB),
     "cuda90": Device(_cut(Tile(128, 128, 8, 3), 64, _FLASH, 256), _FULL, "tf32x3", 132, 16 * _MIB),
-    "cuda100": Device(_cut(Tile(128, 128, 8, 3), 64, _FLASH, 256), _FULL, "tf32x3", 148, 32 * _MIB),
+    "cuda100": Device(_cut(Tile(128, 128, 8, 3), 64, _FLASH, 256), _FULL, "tf32x3", 148, 32 * _MIB, ranged_depth=32),
     "cuda120": Device(_HALF, _FULL, "tf32x3", 170, 32 * _MIB),
     "hip": Device(_HALF, _cut(Tile(64, 64, 8, 2), 32, _NONE, 0), "ieee", 304, 32 * _MIB),
     "interpreter": Device(*2 * (_cut(Tile(32, 64, 4, 1), 64, Tile(32, 64, 4, 1), 128),), "ieee", 4, _MIB),

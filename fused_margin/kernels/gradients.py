@@ -15,7 +15,7 @@ from .plan import Inputs, Plan, ceil_div, multiply, on, plan, power_of_two, row_
 from .tune import tuned
 
 _SCAN = 1024  # rows whose targets are compared at a time
-_FINISH, _FINISH_WARPS = 8192, 8  # elements of a tile of finish_weights
+_FINISH, _FINISH_WARPS = 8192, 16  # elements of a tile of finish_weights
 _COEFFICIENTS = 7
 _CHUNK_CLASSES = 4096, 131072  # of a chunk, at least and at most
 

@@ -63,6 +63,7 @@ class Plan(NamedTuple):
     classes: int
     operand: torch.dtype
     spec: Spec
+    ranged: bool  # whether rows of w are brought into the range of fp16
 
     @property
     def flash(self) -> bool:
@@ -122,8 +123,11 @@ def plan(given: Inputs, spec: Spec) -> Plan:
     operand = spec.compute_dtype
     w_rows = (given.w if given.index is None else given.index).shape[0]
     cut = device.half if operand.itemsize == 2 else device.full
+    ranged = operand == torch.float16 and given.w.dtype != torch.float16
+    if ranged and device.ranged_depth:
+        cut = cut._replace(depth=device.ranged_depth)
     batch, dim = given.x.shape
-    return Plan(device, cut, batch, int(dim), w_rows // spec.sub_centers, operand, spec)
+    return Plan(device, cut, batch, int(dim), w_rows // spec.sub_centers, operand, spec, ranged)
 
 
 def row_constants(p: Plan, given: Inputs) -> dict:
@@ -153,7 +157,7 @@ def sweep_constants(p: Plan, tile: Tile, given: Inputs) -> dict:
         "SLOTS": tile.slots,
         "DEPTH": p.cut.depth,
         "WHOLE": p.dim % p.cut.depth == 0,
-        "RANGE": p.half and given.w.dtype != torch.float16,
+        "RANGE": p.ranged,
         "PRECISION": p.device.precision,
         "num_warps": tile.warps,
         "num_stages": tile.stages,

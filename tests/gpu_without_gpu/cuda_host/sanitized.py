@@ -49,7 +49,8 @@ def run(sanitizer: str, *arguments: str, timeout: int = 600) -> Report:
         options = {
             "ASAN_OPTIONS": f"detect_leaks=0:exitcode={REPORTED}:log_path={log}",
             "UBSAN_OPTIONS": f"print_stacktrace=1:log_path={log}",
-            "TSAN_OPTIONS": f"exitcode={REPORTED}:log_path={log}",
+            # Memory that a race was found on may have been freed since: a later race there is another one.
+            "TSAN_OPTIONS": f"exitcode={REPORTED}:log_path={log}:suppress_equal_addresses=0",
         }
         variables = {**ENVIRONMENT, **options, "FUSED_MARGIN_SANITIZER": sanitizer, "LD_PRELOAD": preload}
         fixed = ["setarch", "-R"] if sanitizer else []

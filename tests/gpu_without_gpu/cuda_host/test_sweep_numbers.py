@@ -34,7 +34,7 @@ def test_sweep(rule, operands, reduction, part, unit_slope, layout, bias, dim):
     if sanitizer_in_use():  # what it reports is what counts, and it takes its time
         draw(0, ErrorRule())
     else:
-        hold_to_the_rule(operands, draw, DRAWS)
+        hold_to_the_rule(operands, draw, DRAWS, 8 * DRAWS)
 
 
 def draws(margin, mode, count=2, **options):

@@ -1,0 +1,111 @@
+"""How csrc/cuda cuts a sweep: its plan, and the launches of the real operators, up to 30 million classes and more."""
+
+import ctypes
+from typing import NamedTuple
+
+import pytest
+import torch
+
+import fused_margin as fm
+from fused_margin import ops
+from fused_margin.spec import Spec, Want
+
+from .backend import emulated, simulated
+from .builder import load
+
+MULTIPROCESSORS = {"A100": (108, 40), "RTX 3090": (82, 6), "H100": (132, 50), "B200": (148, 126), "RTX 5090": (170, 96)}
+MOST_PROGRAMS = 2**31 - 1  # of the one grid axis in use
+OPERANDS = {"fp32": 0, "bf16": 1}  # as csrc/cuda/problem.h numbers them
+
+
+class Plan(NamedTuple):
+    padded: int
+    operand_row: int
+    blocks: int
+    tile_classes: int
+    tiles: int
+    splits: int
+    chunk: int
+
+
+def plan(batch, dim, classes, centers=1, operands="bf16", programs=132, cache_bytes=16 << 20) -> Plan:
+    found = (ctypes.c_int64 * 7)()
+    given = (ctypes.c_int64(n) for n in (batch, dim, classes))
+    function = load("plan.cpp").plan_of
+    function.restype = None
+    function(*given, centers, OPERANDS[operands], ctypes.c_int64(programs), ctypes.c_int64(cache_bytes), found)
+    return Plan(*found)
+
+
+@pytest.mark.parametrize("device", MULTIPROCESSORS)
+@pytest.mark.parametrize("classes", [1, 127, 10**6, 3 * 10**7, 2**31 - 2**20 - 1])
+def test_limits(device, classes):
+    programs, l2 = MULTIPROCESSORS[device]
+    cache = min((l2 << 20) // 3, 32 << 20)
+    for batch in (1, 128, 512, 4096, 65536):
+        for centers in (1, 2, 3, 16):
+            for operands in OPERANDS:
+                p = plan(batch, 512, classes, centers, operands, programs, cache)
+                slots = p.tile_classes * (1 << (centers - 1).bit_length())
+                assert p.padded == p.blocks * 128 >= batch
+                assert slots == 128
+                assert (p.tiles - 1) * p.tile_classes < classes <= p.tiles * p.tile_classes
+                assert 1 <= p.splits <= p.tiles
+                assert p.blocks * p.splits <= max(programs, p.blocks) <= MOST_PROGRAMS
+                assert p.chunk % p.tile_classes == 0
+                assert min(classes, 4096) <= p.chunk <= min(classes, 131072) + p.tile_classes
+                # What a row kernel launches for the rows of a chunk, at least a row a program.
+                assert p.chunk * centers <= MOST_PROGRAMS
+
+
+def test_splits_fill_the_device_once():
+    assert plan(512, 512, 10**6).splits == 132 // 4
+    assert plan(128, 512, 10**6).splits == 132
+    assert plan(10**5, 512, 10**6).splits == 1
+    assert plan(1, 512, 300).splits == 3  # no more than tiles
+
+
+def test_chunks_stay_in_the_cache():
+    p = plan(512, 512, 10**7)
+    assert p.chunk * 512 * 2 <= 16 << 20
+    assert plan(512, 512, 10**7, operands="fp32").chunk * 512 * 4 <= 16 << 20
+
+
+def test_launches_at_30_million_classes():
+    """The real operators on a weight whose rows are one row in memory: every launch has one axis, within its limit."""
+    classes, dim, batch = 3 * 10**7, 8, 2
+    x, w = torch.randn(batch, dim), torch.randn(1, dim).expand(classes, dim)
+    scale, args = torch.full((batch,), 30.0), torch.zeros(0)
+    spec = Spec(num_classes=classes, want=int(Want.DX), backend="cuda", compute_dtype=torch.bfloat16)
+    launched = []
+
+    def run(name, text, grid, threads, argument, smem, buffers):
+        launched.append((name, grid, threads))
+
+    with emulated(None, run, programs=132):
+        red, *_ = ops.sweep(x.requires_grad_(), w, torch.tensor([0, classes - 1]), scale, None, None, None, args, spec)
+        torch.autograd.grad(red.sum(), x)
+    chunks = -(-classes // 131072)
+    assert sum("gradient" in name for name, *_ in launched) == chunks
+    for name, grid, threads in launched:
+        assert 1 <= grid[0] <= MOST_PROGRAMS, name
+        assert grid[1:] == (1, 1), name
+        assert threads <= 1024, name
+
+
+@pytest.mark.parametrize("far", ["w", "x"])
+def test_offsets_beyond_31_bits(far, monkeypatch):
+    """Five rows in a storage of more than 2^31 elements, of which only those rows are touched."""
+    dim, rows, distance = 20, 5, 2**29 + 2**20
+    g = torch.Generator().manual_seed(0)
+    given = {n: torch.randn(rows, dim, generator=g).bfloat16() for n in ("x", "w")}
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # which would touch it all
+    storage = torch.empty((rows - 1) * distance + dim, dtype=torch.bfloat16)
+    there = given | {far: storage.as_strided((rows, dim), (distance, 1)).copy_(given[far])}
+    labels, found = torch.tensor([4, 0, 4, 2, 3]), []
+    for tensors in (given, there):
+        x, w = (tensors[n].detach().requires_grad_() for n in ("x", "w"))
+        with simulated(seed=1):
+            loss = fm.functional.margin_cross_entropy(x, w, labels, fm.CosFace(0.3), backend="cuda")
+            found.append([loss, *torch.autograd.grad(loss, (x, w))])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
