@@ -50,32 +50,30 @@ def distinct(targets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
 def stratified(targets: Tensor, rows: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` of `rows` rows in rising order, all of `targets` [B] among them (`rows` stands for no target).
 
-    A block with targets gives these in the place of its draw. Each further one of a block takes the place of another
-    block's draw; these blocks lie evenly spread, from a random one on.
+    Each block gives a random row. Targets that are not among these take the place of other draws, evenly spread from a
+    random one on, so that every other row of the shard is as likely, the neighbours of a target too.
     """
     device = targets.device
-    number = torch.arange(count + 1, device=device)
-    starts = number * rows // count  # [count + 1]
+    starts = torch.arange(count + 1, device=device) * rows // count
     draw = torch.rand(count + 1, generator=generator, device=device, dtype=torch.float64)
     length = starts[1:] - starts[:-1]
     picked = starts[:-1] + torch.minimum((draw[:-1] * length).long(), length - 1)
 
     targets, is_first = distinct(targets, rows)
-    block = torch.where(is_first, ((targets + 1) * count - 1) // rows, count)  # the last place: none
-    held = torch.zeros(count + 1, dtype=torch.int64, device=device).index_add_(0, block, is_first.long())[:-1]
-    free = held == 0
-    free_count = free.sum()
-    extra = (held - 1).clamp_min(0).sum()  # blocks that must give up their draw
-    turn = (free.cumsum(0) - 1 + (draw[-1] * free_count).long()) % free_count.clamp_min(1)
-    gives_up = free & ((turn + 1) * extra // free_count.clamp_min(1) != turn * extra // free_count.clamp_min(1))
+    next_target = torch.searchsorted(targets, picked)
+    rival = F.pad(targets, (0, 1), value=rows)[next_target] != picked
+    rivals = rival.sum()
+    surplus = is_first.sum() - (count - rivals)  # targets that no draw is
+    turn = (rival.cumsum(0) - 1 + (draw[-1] * rivals).long()) % rivals.clamp_min(1)
+    gives_up = (turn + 1) * surplus // rivals.clamp_min(1) != turn * surplus // rivals.clamp_min(1)
+    kept = rival & ~gives_up
 
-    size = torch.where(free, (~gives_up).long(), held)
-    offset = F.pad(size.cumsum(0), (1, 0))  # [count + 1], where each block's rows begin
-    out = torch.empty(count + 1, dtype=torch.int64, device=device)
-    out[torch.where(free & ~gives_up, offset[:-1], count)] = picked
-    seen = is_first.cumsum(0)
-    before = F.pad(held.cumsum(0), (1, 0))  # targets in earlier blocks
-    out[torch.where(is_first, offset[block] + seen - 1 - before[block], count)] = targets
+    kept_before = F.pad(kept.cumsum(0), (1, 0))
+    out = torch.empty(count + 1, dtype=torch.int64, device=device)  # the last place is for what takes no part
+    targets_before = F.pad(is_first.cumsum(0), (1, 0))[next_target]
+    out[torch.where(kept, kept_before[:-1] + targets_before, count)] = picked
+    place = is_first.cumsum(0) - 1 + kept_before[torch.searchsorted(picked, targets)]
+    out[torch.where(is_first, place, count)] = targets
     return out[:-1]
 
 
