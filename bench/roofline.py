@@ -9,6 +9,7 @@ operators that PyTorch dispatches. No GPU has run: every figure is a model, and 
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from functools import cache
 from pathlib import Path
@@ -20,8 +21,11 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from .cost import Cost, Dispatched, of_fused_step
+from .cuda_cost import of_cuda_step
 from .results import FOLDER
 from .table import write_sections
+
+CUDA = "fused, CUDA C++"
 
 
 class Device(NamedTuple):
@@ -32,14 +36,16 @@ class Device(NamedTuple):
     half: float  # operations / s of bf16 products with float32 sums
     full: float  # of float32
     source: str
+    processors: int = 0  # and the L2 cache in MB, for the plan of the CUDA backend; 0: it does not run there
+    cache: int = 0
 
 
 DEVICES = {
-    "A100": Device(80, 2.039e12, 312e12, 19.5e12, "NVIDIA A100 data sheet, SXM 80 GB"),
-    "H100": Device(90, 3.35e12, 989e12, 67e12, "NVIDIA H100 data sheet, SXM"),
-    "H200": Device(90, 4.8e12, 989e12, 67e12, "NVIDIA H200 data sheet, SXM"),
-    "B200": Device(100, 8.0e12, 2250e12, 75e12, "NVIDIA HGX B200 data sheet, an eighth of it"),
-    "RTX 5090": Device(120, 1.792e12, 209.5e12, 104.8e12, "NVIDIA RTX Blackwell architecture paper"),
+    "A100": Device(80, 2.039e12, 312e12, 19.5e12, "NVIDIA A100 data sheet, SXM 80 GB", 108, 40),
+    "H100": Device(90, 3.35e12, 989e12, 67e12, "NVIDIA H100 data sheet, SXM", 132, 50),
+    "H200": Device(90, 4.8e12, 989e12, 67e12, "NVIDIA H200 data sheet, SXM", 132, 50),
+    "B200": Device(100, 8.0e12, 2250e12, 75e12, "NVIDIA HGX B200 data sheet, an eighth of it", 148, 126),
+    "RTX 5090": Device(120, 1.792e12, 209.5e12, 104.8e12, "NVIDIA RTX Blackwell architecture paper", 170, 96),
     "MI300X": Device("gfx942", 5.3e12, 1307e12, 163.4e12, "AMD Instinct MI300X data sheet"),
 }
 SHAPES = [  # B, C, D
@@ -47,7 +53,7 @@ SHAPES = [  # B, C, D
     *((512, classes, 512) for classes in (10**4, 10**5, 10**7)),
     (512, 10**6, 128),
 ]
-METHODS = ("fused", "eager", "torch.compile", "InsightFace")
+METHODS = ("fused", CUDA, "eager", "torch.compile", "InsightFace")
 
 
 class _InsightFaceLoss(torch.autograd.Function):
@@ -100,6 +106,11 @@ def fused(arch: int | str, batch: int, classes: int, dim: int) -> list[Cost]:
     return of_fused_step(arch, batch, classes, dim)
 
 
+@cache
+def fused_cuda(processors: int, cache_mb: int, batch: int, classes: int, dim: int) -> list[Cost]:
+    return of_cuda_step(batch, classes, dim, processors, min((cache_mb << 20) // 3, 32 << 20))  # as csrc/cuda/call.h
+
+
 def floor(batch: int, classes: int, dim: int) -> list[Cost]:
     """What no algorithm that recomputes the cosines can do without: w twice in, dW once out, 8 B C D operations."""
     weight = 4.0 * classes * dim
@@ -110,15 +121,20 @@ def floor(batch: int, classes: int, dim: int) -> list[Cost]:
 def costs_of(method: str, device: Device, shape: tuple[int, int, int]) -> list[Cost]:
     if method == "fused":
         return fused(device.arch, *shape)
+    if method == CUDA:
+        return fused_cuda(device.processors, device.cache, *shape) if device.processors else []
     return floor(*shape) if method == "floor" else dispatched(method, *shape)
 
 
 def seconds(costs: list[Cost], device: Device) -> float:
+    """By the model; nan where nothing runs."""
+    if not costs:
+        return math.nan
     return sum(max(c.bytes / device.memory, c.flops / (device.half if c.half else device.full)) for c in costs)
 
 
 def _ms(value: float) -> str:
-    return f"{value * 1e3:.3g} ms"
+    return "-" if math.isnan(value) else f"{value * 1e3:.3g} ms"
 
 
 def time_table() -> str:
@@ -135,22 +151,24 @@ def time_table() -> str:
 
 
 def launch_table(shape: tuple[int, int, int] = SHAPES[1], name: str = "H100") -> str:
-    """Where the fused step's bytes and operations are, kernel by kernel."""
+    """Where the fused steps' bytes and operations are, kernel by kernel."""
     device = DEVICES[name]
-    groups: dict[str, list[Cost]] = {}
-    for cost in fused(device.arch, *shape):
-        groups.setdefault(cost.name, []).append(cost)
+    groups: dict[tuple[str, str], list[Cost]] = {}
+    for backend, method in (("Triton", "fused"), ("CUDA C++", CUDA)):
+        for cost in costs_of(method, device, shape):
+            groups.setdefault((backend, cost.name), []).append(cost)
     title = f"{shape[0]} x {shape[1]:,} x {shape[2]}, {name}, bf16 products, fp32 weights"
     lines = [f"Model of one step by kernel, {title}:", ""]
     lines += [
-        "| kernel | launches | read | written | operations | loaded by programs (L2) | model time |",
-        "|" + "---|" * 7,
+        "| backend | kernel | launches | read | written | operations | loaded by programs (L2) | model time |",
+        "|" + "---|" * 8,
     ]
-    for kernel, costs in groups.items():
+    for (backend, kernel), costs in groups.items():
         read, written, flops, loaded = (
             sum(getattr(c, f) for c in costs) for f in ("read", "written", "flops", "loaded")
         )
         cells = [
+            backend,
             f"`{kernel}`" if "_" in kernel else kernel,
             len(costs),
             f"{read / 1e9:.3g} GB",
@@ -196,7 +214,12 @@ def draw(path: Path) -> None:
         f"model: roofs of the devices, kernels at {shape[0]} x {shape[1]:,} x {shape[2]}", loc="left", fontsize=11
     )
     batches = [s for s in SHAPES if s[1:] == (10**6, 512)]
-    colours = {**COLOURS, "torch.compile": COLOURS["torch-compile"], "InsightFace": COLOURS["insightface"]}
+    colours = {
+        **COLOURS,
+        CUDA: "#7a9e3f",
+        "torch.compile": COLOURS["torch-compile"],
+        "InsightFace": COLOURS["insightface"],
+    }
     for method in ("floor", *METHODS):
         y = [seconds(costs_of(method, h100, s), h100) * 1e3 for s in batches]
         style = (

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,7 +87,7 @@ def rows() -> tuple[Row, ...]:
             symbol = found[1]
         elif found := re.search(r"REG:(\d+) STACK:(\d+)", line):
             usage[arch, symbol] = int(found[1]), int(found[2])
-    counted = _instructions()
+    counted = _instructions({arch for arch, _ in usage})
     found = [
         Row(arch, short(symbol), symbol, *numbers, *counted.get((arch, symbol), (0, 0)))
         for (arch, symbol), numbers in usage.items()
@@ -97,10 +99,12 @@ def rows() -> tuple[Row, ...]:
     return tuple(sorted(found, key=lambda row: (int(row.arch[3:]), row.kernel)))
 
 
-def _instructions() -> dict[tuple[str, str], tuple[int, int]]:
+def _instructions(architectures: set[str]) -> dict[tuple[str, str], tuple[int, int]]:
     """(tensor-core instructions, 128-bit loads) of each (architecture, kernel)."""
     found, arch, symbol = {}, None, None
-    for line in _dump("-sass").splitlines():
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # an architecture each: most of a minute otherwise
+        texts = list(pool.map(lambda name: _dump("-sass", "-arch", name), architectures))
+    for line in "\n".join(texts).splitlines():
         if match := re.search(r"arch = (sm_\d+)", line):
             arch = match[1]
         elif match := re.search(r"Function : (\S+)", line):

@@ -1,8 +1,5 @@
 """How csrc/cuda cuts a sweep: its plan, and the launches of the real operators, up to 30 million classes and more."""
 
-import ctypes
-from typing import NamedTuple
-
 import pytest
 import torch
 
@@ -11,30 +8,10 @@ from fused_margin import ops
 from fused_margin.spec import Spec, Want
 
 from .backend import emulated, simulated
-from .builder import load
+from .planned import OPERANDS, plan
 
 MULTIPROCESSORS = {"A100": (108, 40), "RTX 3090": (82, 6), "H100": (132, 50), "B200": (148, 126), "RTX 5090": (170, 96)}
 MOST_PROGRAMS = 2**31 - 1  # of the one grid axis in use
-OPERANDS = {"fp32": 0, "bf16": 1}  # as csrc/cuda/problem.h numbers them
-
-
-class Plan(NamedTuple):
-    padded: int
-    operand_row: int
-    blocks: int
-    tile_classes: int
-    tiles: int
-    splits: int
-    chunk: int
-
-
-def plan(batch, dim, classes, centers=1, operands="bf16", programs=132, cache_bytes=16 << 20) -> Plan:
-    found = (ctypes.c_int64 * 7)()
-    given = (ctypes.c_int64(n) for n in (batch, dim, classes))
-    function = load("plan.cpp").plan_of
-    function.restype = None
-    function(*given, centers, OPERANDS[operands], ctypes.c_int64(programs), ctypes.c_int64(cache_bytes), found)
-    return Plan(*found)
 
 
 @pytest.mark.parametrize("device", MULTIPROCESSORS)

@@ -33,7 +33,7 @@ MORE = [
     (80, "combined_clamp", "bf16", (140, 130, 64), {"per": "class"}),
     (80, "sphereface_real", "fp32", (20, 65, 24), {}),
 ]
-MORE += [(120 if arch == 80 else 80, *rest) for arch, *rest in NUMBERS + MORE]
+MORE += [(120 if arch == 80 else 80, *rest) for arch, *rest in NUMBERS + MORE[:3]]  # the other architecture
 
 
 def name_of(case):
@@ -164,8 +164,7 @@ def test_mutants_of_the_forward():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", [80, 120])
-@pytest.mark.parametrize("mode", ["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("arch, mode", [(80, "bf16"), (80, "fp16"), (80, "fp32"), (120, "bf16")])
 def test_mutants(arch, mode):
     check_mutants(arch, mode, None)
 

@@ -8,7 +8,7 @@ pytestmark = pytest.mark.slow
 NUMBERS = "tests/gpu_without_gpu/cuda_host/test_sweep_numbers.py"
 CHOSEN = {  # by name; the quick ones of the file
     "address": "test_sweep or test_heads or several_blocks",
-    "thread": "test_heads or (test_sweep and (identity or hard or power))",
+    "thread": "test_heads or (test_sweep and (identity or hard))",
 }
 
 
