@@ -285,7 +285,7 @@ MUTANTS = [
         ("sample_target_twice", "first[1:] = targets[1:] != targets[:-1]", "first[1:] = True"),
         ("sample_no_draw_given_up", "kept = rival & ~gives_up", "kept = rival"),
         ("sample_same_block_gives_up", "(draw[-1] * rivals).long()) % rivals", "0) % rivals"),
-        ("sample_target_and_draw", "rival = F.pad(targets, (0, 1), value=rows)[next_target] != picked", "rival = picked >= 0"),
+        ("sample_target_and_draw", "[next_target] != picked", "[next_target] >= 0"),
         ("sample_first_of_the_block", "(draw[:-1] * length).long()", "(draw[:-1] * 0).long()"),
         ("sample_without_targets", "score[targets] = torch.inf", "score[targets] += 0"),
     ),

@@ -29,6 +29,7 @@ class Batch:
     x: Tensor  # [B, D], no gradient
     labels: Tensor  # [B] int64
     sample_weight: Tensor | None  # [B]
+    learns: bool  # whether any rank's embeddings want a gradient: then every rank takes part in its sum
 
     @property
     def start(self) -> int:
@@ -70,10 +71,13 @@ def gather_batch(
     ranks: Ranks, x: Tensor, labels: Tensor, sample_weight: Tensor | None, capacity: int | None, ignore_index: int
 ) -> Batch:
     """The rows of all ranks. Two collectives, one if `capacity` says how many rows a rank has at most."""
-    count, x = x.shape[0], x.detach()
+    count, learns, x = x.shape[0], torch.is_grad_enabled() and x.requires_grad, x.detach()
     if ranks.world == 1:
-        return Batch(ranks, [count], count, x, labels, sample_weight)
-    sizes = [capacity] * ranks.world if capacity is not None else _exchange(ranks, x, sample_weight)
+        return Batch(ranks, [count], count, x, labels, sample_weight, learns)
+    if capacity is None:
+        sizes, learns = _exchange(ranks, x, sample_weight, learns)
+    else:  # nothing says what the others want
+        sizes, learns = [capacity] * ranks.world, torch.is_grad_enabled()
     most = max(sizes)
     columns = [_filled(labels, most, ignore_index)]
     if sample_weight is not None:
@@ -86,16 +90,16 @@ def gather_batch(
     x_all = everyone[:, end : end + body.shape[1]].view(x.dtype)
     weights = everyone[:, _WORD:end].contiguous().view(torch.float64)[:, 0].to(sample_weight) if end > _WORD else None
     labels_all = everyone[:, :_WORD].contiguous().view(torch.int64)[:, 0]
-    return Batch(ranks, sizes, count, x_all, labels_all, weights)
+    return Batch(ranks, sizes, count, x_all, labels_all, weights, learns)
 
 
-def _exchange(ranks: Ranks, x: Tensor, sample_weight: Tensor | None) -> list[int]:
-    """Rows of each rank; raises on all if they do not bring the same kind of thing."""
-    mine = [x.shape[0], _DTYPES.index(x.dtype), sample_weight is not None, torch.is_grad_enabled()]
+def _exchange(ranks: Ranks, x: Tensor, sample_weight: Tensor | None, learns: bool) -> tuple[list[int], bool]:
+    """Rows of each rank, and whether any wants a gradient; raises on all if they bring not the same kind of thing."""
+    mine = [x.shape[0], _DTYPES.index(x.dtype), sample_weight is not None, torch.is_grad_enabled(), learns]
     everyone = ranks.gather(torch.tensor(mine, dtype=torch.int64, device=x.device)).tolist()
     for column, name in enumerate(("dtype of the embeddings", "sample_weight", "grad mode"), 1):
         values = [row[column] for row in everyone]
         if len(set(values)) > 1:
             shown = [str(_DTYPES[v]) if name.startswith("dtype") else bool(v) for v in values]
             raise ValueError(f"the ranks differ in the {name}: {shown}; expected the same on all")
-    return [int(row[0]) for row in everyone]
+    return [int(row[0]) for row in everyone], any(row[-1] for row in everyone)

@@ -206,6 +206,8 @@ class PartialFC(MarginHead):
         x, rows = local_embeddings, local_embeddings
         if self.ranks.world > 1:
             rows = local_embeddings.to(functional.acc_dtype(local_embeddings))
+            if batch.learns and not rows.requires_grad:  # as where a rank has no rows: the others wait for its share
+                rows = rows.detach().requires_grad_()
             rows = Amplify.apply(rows, self.ranks.world if self.embedding_grad == "ddp" else 1)
             x = Replicate.apply(rows, batch.x, batch.start)
         with self._same_draws():
@@ -315,6 +317,11 @@ class PartialFC(MarginHead):
         if sample_weight is not None and sample_weight.shape != labels.shape:
             raise ValueError(
                 f"sample_weight has shape {list(sample_weight.shape)}; expected [{len(labels)}], one a row"
+            )
+        if sample_weight is not None and sample_weight.requires_grad and self.ranks.world > 1:
+            raise ValueError(
+                "sample_weight asks for a gradient, which several ranks do not compute; pass it detached, or learn the "
+                "weights in one process"
             )
 
     def _check_labels(self, batch: Batch) -> None:

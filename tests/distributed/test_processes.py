@@ -220,6 +220,37 @@ class TestInput:
 
         assert run_threads(3, body) == [(0.0, (0, 4))] * 3
 
+    @pytest.mark.parametrize("most", [None, 6])
+    def test_only_one_rank_wants_the_gradient_of_its_embeddings(self, most):
+        """The others, one of them without rows, take part in its sum all the same, or it would wait for them."""
+        rows = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+        own = torch.tensor([0, 1, 2, 3, 19])
+
+        def body():
+            head = fm.PartialFC(4, 20, max_local_batch=most, embedding_grad="sum")
+            ranks = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+            mine = [slice(0, 5)] if ranks == 1 else [slice(0, 3), slice(3, 5), slice(0, 0)]
+            here = mine[torch.distributed.get_rank() if ranks > 1 else 0]
+            x = rows[here].clone().requires_grad_(here.start == 0 and here.stop > 0)
+            head(x, own[here]).backward()
+            return x.grad
+
+        alone = body()
+        found = run_threads(3, body)
+        assert torch.allclose(found[0], alone[:3], atol=1e-6)
+        assert found[1] is None
+        assert found[2] is None
+
+    def test_learned_sample_weights(self):
+        """Refused, not left without a gradient."""
+
+        def body():
+            head = fm.PartialFC(4, 20)
+            with pytest.raises(ValueError, match="several ranks do not compute"):
+                head(torch.zeros(1, 4), torch.zeros(1, dtype=torch.long), sample_weight=torch.ones(1).requires_grad_())
+
+        run_threads(2, body)
+
     def test_group_without_distributed(self):
         with pytest.raises(ValueError, match="is not initialised"):
             fm.PartialFC(4, 20, process_group=object())
