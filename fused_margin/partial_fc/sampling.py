@@ -93,7 +93,7 @@ def hard(targets: Tensor, count: int, x: Tensor, w: Tensor, sub_centers: int) ->
     acc, rows = acc_dtype(x), w.shape[0] // sub_centers
     x_hat = F.normalize(x.to(acc), dim=1, eps=EPS)
     score = x_hat.new_full((rows + 1,), -torch.inf)
-    for first in range(0, rows, _CHUNK):
+    for first in range(0, rows if len(x) else 0, _CHUNK):  # without rows none is nearer than another
         part = w[first * sub_centers : (first + _CHUNK) * sub_centers].to(acc)
         cos = F.linear(F.normalize(part, dim=1, eps=EPS), x_hat)  # [n K, B]
         score[first : first + len(part) // sub_centers] = cos.amax(1).view(-1, sub_centers).amax(1)

@@ -210,9 +210,10 @@ class TestInput:
         with pytest.raises(RuntimeError, match="find_outliers"):
             head.outliers(torch.zeros(2, 4), torch.zeros(2))
 
-    def test_no_row_at_all(self):
+    @pytest.mark.parametrize("sampling", ["stratified", "uniform", "hard"])
+    def test_no_row_at_all(self, sampling):
         def body():
-            head = fm.PartialFC(4, 20, fm.CurricularFace())
+            head = fm.PartialFC(4, 20, fm.CurricularFace(), sample_rate=0.5, sampling=sampling)
             x = torch.zeros(0, 4, requires_grad=True)
             loss = head(x, torch.zeros(0, dtype=torch.long))
             loss.backward()
