@@ -117,14 +117,14 @@ class DeferredGradient(Tensor):
     """
 
     __torch_function__ = torch._C._disabled_torch_function_impl
-    calls: list[RowData]
+    calls: list[RowData]  # one list for a tensor and its views, so that what changes one in place changes all
 
     @staticmethod
     def __new__(cls, like: Tensor, calls: list[RowData], shape: torch.Size | None = None) -> DeferredGradient:
         made = Tensor._make_wrapper_subclass(
             cls, like.shape if shape is None else shape, dtype=like.dtype, device=like.device
         )
-        made.calls = list(calls)
+        made.calls = calls
         return made
 
     def __repr__(self) -> str:
@@ -156,8 +156,12 @@ class DeferredGradient(Tensor):
         return _SUPPORTED[name](*args, **(kwargs or {}))
 
 
-def _same(grad: DeferredGradient, *_, **__) -> DeferredGradient:
+def _alias(grad: DeferredGradient, *_, **__) -> DeferredGradient:
     return DeferredGradient(grad, grad.calls)
+
+
+def _clone(grad: DeferredGradient, *_, **__) -> DeferredGradient:
+    return DeferredGradient(grad, list(grad.calls))
 
 
 def _empty(like: DeferredGradient, *_, **__) -> DeferredGradient:
@@ -181,7 +185,7 @@ def _sum(a: Tensor, b: Tensor, alpha: float = 1) -> list[RowData]:
 
 
 def _add_(a: DeferredGradient, b: Tensor, alpha: float = 1) -> DeferredGradient:
-    a.calls = _sum(a, b, alpha)
+    a.calls[:] = _sum(a, b, alpha)
     return a
 
 
@@ -195,17 +199,17 @@ def _multiplied(grad: Tensor, factor: Tensor | float, divide: bool = False) -> l
 
 
 def _scale_(grad: DeferredGradient, factor: Tensor | float, divide: bool = False) -> DeferredGradient:
-    grad.calls = _multiplied(grad, factor, divide)
+    grad.calls[:] = _multiplied(grad, factor, divide)
     return grad
 
 
 def _zero_(grad: DeferredGradient) -> DeferredGradient:
-    grad.calls = []
+    grad.calls.clear()
     return grad
 
 
 def _copy_(grad: DeferredGradient, other: Tensor, non_blocking: bool = False) -> DeferredGradient:
-    grad.calls = _sum(_empty(grad), other)
+    grad.calls[:] = _sum(_empty(grad), other)
     return grad
 
 
@@ -227,13 +231,14 @@ def _unscale(grads: list[Tensor], found_inf: Tensor, inv_scale: Tensor) -> None:
 
     for grad in grads:
         if isinstance(grad, DeferredGradient):
-            grad.calls = [c.with_upstream(run) for c in grad.calls]
+            grad.calls[:] = [c.with_upstream(run) for c in grad.calls]
         else:
             torch._amp_foreach_non_finite_check_and_unscale_([grad], found_inf, inv_scale)
 
 
 _SUPPORTED: dict[str, Callable] = {
-    **dict.fromkeys(("detach", "alias", "clone"), _same),
+    **dict.fromkeys(("detach", "alias"), _alias),
+    "clone": _clone,
     **dict.fromkeys(("empty_like", "new_empty", "new_empty_strided"), _empty),
     **dict.fromkeys(("view", "_unsafe_view", "_reshape_alias"), _view),
     "add": lambda a, b, alpha=1: DeferredGradient(a, _sum(a, b, alpha)),

@@ -60,9 +60,10 @@ MUTANTS = [
         ("deferred_weight_may_change", "if self.parameter._version != self.version:", "if False:"),
         (
             "deferred_not_unscaled",
-            "grad.calls = [c.with_upstream(run) for c in grad.calls]",
+            "grad.calls[:] = [c.with_upstream(run) for c in grad.calls]",
             "[c.with_upstream(run) for c in grad.calls]",
         ),
+        ("deferred_views_apart", "made.calls = calls", "made.calls = list(calls)"),
         ("deferred_division", "t / factor if divide", "t * factor if divide"),
         ("deferred_for_every_weight", "_address(w, mine) == mine.data_ptr()", "True"),
         ("deferred_beyond_its_optimizer", "[*alive, weakref.ref(optimizer)]", "[*alive, lambda: optimizer]"),

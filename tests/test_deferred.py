@@ -73,6 +73,9 @@ def test_arithmetic_of_a_deferred_gradient(backend):
         h(*batch()).backward()
         h.weight.grad *= 3
         h.weight.grad /= torch.tensor(2.0)
+        h.weight.grad.data.mul_(5)
+        h.weight.grad.detach().div_(7)
+        h.weight.grad.clone().mul_(11)
         h(*batch(seed=1)).backward()
         torch._foreach_mul_([h.weight.grad], 0.5)
         whole = h.weight.grad + h.weight.grad.clone().detach()
