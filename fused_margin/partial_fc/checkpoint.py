@@ -47,15 +47,14 @@ def save(
     """Saves a training: head, sampler, margin state, optimizer, and the network that all ranks have alike.
 
     All ranks must call it, with a folder on a file system that they share. extra: more tensors by name, the same on all
-    ranks (a step's number, a schedule). keep: versions that stay, the new one among them.
+    ranks (a step's number, a schedule), numbers as `torch.tensor(3)`. keep: versions that stay, the new one among them.
     Returns: the folder of the version.
     """
     folder, ranks = Path(folder), head.ranks
     state = _module_state(head, network) | {f"extra.{name}": t for name, t in (extra or {}).items()}
-    groups = None
-    if optimizer is not None:
-        found, groups = optimizer_state.tensors(optimizer, head, network)
-        state |= _completed(found, head)
+    found, groups = ({}, None) if optimizer is None else optimizer_state.tensors(optimizer, head, network)
+    _check_tensors(state | found, ranks)
+    state |= _completed(found, head)
     version = folder / f"{ranks.objects(_next_version(folder))[0]:08d}"
     _on_first(ranks, lambda: _start(folder, version))
     with _over(ranks) as how:
@@ -99,10 +98,20 @@ def load(
 def _module_state(head: PartialFC, network: nn.Module | None) -> dict[str, Tensor]:
     state = {f"head.{name}": t for name, t in head.state_dict().items()}
     for name, t in network.state_dict().items() if network is not None else ():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"network.{name} is {type(t).__name__}; a checkpoint holds tensors only")
         state[f"network.{name}"] = t
     return state
+
+
+def _check_tensors(state: dict[str, object], ranks: Ranks) -> None:
+    """Anything else would be pickled by torch, and refused by `load`; all ranks raise where one has such a value."""
+    wrong = [f"{name} is {type(t).__name__}" for name, t in state.items() if not isinstance(t, Tensor)]
+    everyone = ranks.objects(wrong)
+    for rank, names in enumerate(everyone):
+        if names:
+            where = "" if ranks.world == 1 else f"rank {rank}: "
+            raise TypeError(
+                f"{where}{', '.join(names)}; a checkpoint holds tensors only: give numbers as torch.tensor(...)"
+            )
 
 
 def _completed(found: dict[str, Tensor], head: PartialFC) -> dict[str, Tensor]:

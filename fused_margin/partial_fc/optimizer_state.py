@@ -42,7 +42,10 @@ def _named(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> 
 def tensors(
     optimizer: torch.optim.Optimizer, head: PartialFC, network: nn.Module | None
 ) -> tuple[dict[str, Tensor], list[dict]]:
-    """State tensors by name (local rows of split ones), and the groups as plain values with names."""
+    """State by name (local rows of split tensors), and the groups as plain values with names.
+
+    Numbers come as tensors; what is neither comes as it is, for the caller to refuse.
+    """
     found: dict[str, Tensor] = {}
     groups = []
     for group, members in zip(optimizer.param_groups, _named(optimizer, parameter_names(head, network)), strict=True):
@@ -50,8 +53,9 @@ def tensors(
         groups.append({"params": [name for name, _ in members], "options": options})
         for name, p in members:
             for key, value in optimizer.state.get(p, {}).items():
-                t = value if isinstance(value, Tensor) else torch.tensor(value)
-                found[f"{PREFIX}{name}.{key}"] = local_part(t, head.layout) if is_rows(head, name, t) else t
+                t = torch.tensor(value) if isinstance(value, bool | int | float) else value
+                split = isinstance(t, Tensor) and is_rows(head, name, t)
+                found[f"{PREFIX}{name}.{key}"] = local_part(t, head.layout) if split else t
     return found, groups
 
 

@@ -264,6 +264,30 @@ def test_a_failure_while_writing_leaves_the_last(tmp_path, monkeypatch):
     assert kept[-1] == "latest"
 
 
+@pytest.mark.parametrize("where", ["extra", "network", "optimizer"])
+def test_what_is_no_tensor_is_not_saved(where, tmp_path):
+    """It could not be loaded, and the last version that can be would be deleted. One rank's is enough."""
+    match = {"extra": r"extra\.epoch is int", "network": r"network\._extra_state is str",
+             "optimizer": r"optimizer\.head\.weight\.name is str"}[where]  # fmt: skip
+
+    def body():
+        head, optimizer, network = training()
+        extra = {"epoch": torch.tensor(2)}
+        partial_fc.save(tmp_path / "c", head, optimizer, network, extra, keep=1)
+        if head.ranks.rank == 0 and where == "extra":
+            extra = {"epoch": 3}
+        elif head.ranks.rank == 0 and where == "network":
+            network.__class__ = type("WithState", (torch.nn.Linear,), {"get_extra_state": lambda self: "x"})
+        elif head.ranks.rank == 0:
+            optimizer.state[head.weight]["name"] = "x"
+        with pytest.raises(TypeError, match=match + r"; .*torch\.tensor\(\.\.\.\)"):
+            partial_fc.save(tmp_path / "c", head, optimizer, network, extra, keep=1)
+        assert partial_fc.load(tmp_path / "c", *training()) == {"epoch": torch.tensor(2)}
+
+    run_threads(2, body)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["00000001", "latest"], "nothing was written"
+
+
 SAVER = """
 import sys, torch
 import fused_margin as fm
