@@ -81,10 +81,17 @@ def load(
     _agreed(ranks, lambda: _check_files(version, manifest["files"], ranks))
     state = _module_state(head, network)
     extra = _empty(metadata, "extra.")
-    found = {} if optimizer is None else _empty_state(manifest["state"], head)
-    _agreed(ranks, lambda: _check_shapes(state | extra | found, metadata, version))
-    if optimizer is not None and manifest["groups"] is None:
-        raise CheckpointError(f"{version} has no optimizer's state; load it without one")
+    found = {} if optimizer is None else _agreed(ranks, lambda: _empty_state(manifest["state"], head))
+
+    def check() -> None:
+        _check_shapes(state | extra | found, metadata, version)
+        if optimizer is not None:
+            if manifest["groups"] is None:
+                raise CheckpointError(f"{version} has no optimizer's state; load it without one")
+            shapes = {name: list(t.shape) for name, t in found.items()}
+            optimizer_state.check(optimizer, head, network, shapes, manifest["groups"], head.num_classes)
+
+    _agreed(ranks, check)
     everything = state | extra | found
     with _over(ranks) as how:
         dcp.load(everything, storage_reader=_Reader(version), **how)

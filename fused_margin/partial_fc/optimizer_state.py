@@ -34,7 +34,8 @@ def _named(optimizer: torch.optim.Optimizer, names: dict[nn.Parameter, str]) -> 
     unknown = sum(not name for group in groups for name, _ in group)
     if unknown:
         raise ValueError(
-            f"{unknown} parameters of the optimizer are not of the head: pass network=, the module they are of"
+            f"{unknown} parameters of the optimizer are not of the head: save and load with network=, the module they "
+            "are of; a file of the head alone takes an optimizer of the head alone"
         )
     return groups
 
@@ -65,6 +66,44 @@ def _plain(value: object) -> object:
     return list(value) if isinstance(value, tuple) else value
 
 
+def check(
+    optimizer: torch.optim.Optimizer,
+    head: PartialFC,
+    network: nn.Module | None,
+    shapes: dict[str, list[int]],
+    groups: list[dict] | None,
+    rows: int,
+) -> None:
+    """Raises where `restore` could not put these states back, and changes nothing; before any weight is written.
+
+    shapes: of the whole states, by name. rows: how many the parameters split by classes had when they were saved.
+    """
+    try:
+        members = _named(optimizer, parameter_names(head, network))
+    except ValueError as error:  # no fault of the file, which callers would name with a ValueError
+        raise CheckpointError(str(error)) from None
+    if groups is not None:
+        saved, now = [g["params"] for g in groups], [[name for name, _ in group] for group in members]
+        if saved != now:
+            raise CheckpointError(f"the optimizer's groups were {saved}, and are {now}; build it as it was")
+        if not all(isinstance(g["options"], dict) for g in groups):
+            raise CheckpointError("the options of the optimizer's groups are no names with values; a damaged manifest")
+    by_name = {name: p for group in members for name, p in group}
+    for full, shape in shapes.items():
+        name = full.removeprefix(PREFIX).rpartition(".")[0]
+        if name not in by_name:
+            raise CheckpointError(
+                f"the state {full} is of no parameter of the optimizer, which has {', '.join(sorted(by_name))}; "
+                "build it as it was, or load without it"
+            )
+        whole = list(by_name[name].shape)
+        if name.removeprefix("head.") in head.sharded_names and name.startswith("head."):
+            whole[0] = rows
+        # States of fewer dimensions (a step's number, one for all or for each row) are the optimizer's own business.
+        if len(shape) == len(whole) and any(n not in (1, m) for n, m in zip(shape, whole, strict=True)):
+            raise CheckpointError(f"the state {full} is {list(shape)}; its parameter is {whole}: of another head?")
+
+
 def restore(
     optimizer: torch.optim.Optimizer,
     head: PartialFC,
@@ -72,18 +111,12 @@ def restore(
     found: dict[str, Tensor],
     groups: list[dict] | None,
 ) -> None:
-    """Puts state tensors (local rows of split ones) and the groups' options back; checks both first."""
+    """Puts state tensors (local rows of split ones) and the groups' options back, after `check`."""
     members = _named(optimizer, parameter_names(head, network))
-    if groups is not None:
-        saved, now = [g["params"] for g in groups], [[name for name, _ in group] for group in members]
-        if saved != now:
-            raise CheckpointError(f"the optimizer's groups were {saved}, and are {now}; build it as it was")
     by_name = {name: p for group in members for name, p in group}
     states: dict[nn.Parameter, dict[str, Tensor]] = {}
     for full, value in found.items():
         name, _, key = full.removeprefix(PREFIX).rpartition(".")
-        if name not in by_name:
-            raise CheckpointError(f"the state {full} is of no parameter of the optimizer")
         p = by_name[name]
         if isinstance(p, DTensor) and is_rows(head, name, value):
             value = sharded(value, head.layout, head.ranks)

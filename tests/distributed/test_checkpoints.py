@@ -241,6 +241,72 @@ class TestDamage:
         run_threads(3, body)
 
 
+class TestNothingIsChanged:
+    """Where an optimizer or a shape does not fit, all ranks raise before anything is written."""
+
+    def refuse(self, match, load, head, optimizer):
+        before = {k: plain(v).clone() for k, v in head.state_dict().items()}
+        with pytest.raises(partial_fc.CheckpointError, match=match):
+            load()
+        assert all(torch.equal(plain(v), before[k]) for k, v in head.state_dict().items())
+        assert not optimizer.state
+
+    @pytest.mark.parametrize("world", [1, 2])
+    @pytest.mark.parametrize("what", ["groups", "no optimizer", "one rank's groups"])
+    def test_checkpoint(self, what, world, tmp_path):
+        def body():
+            head, optimizer, network = training()
+            steps(head, optimizer, network, 0, 1)
+            partial_fc.save(tmp_path / "c", head, None if what == "no optimizer" else optimizer, network)
+            head, optimizer, network = training(seed=5)
+            if what == "groups" or (what.startswith("one") and head.ranks.rank == 0):
+                optimizer = torch.optim.SGD([*head.parameters(), *network.parameters()], lr=0.1, momentum=0.9)
+            match = "has no optimizer's state" if what == "no optimizer" else "the optimizer's groups were .*, and are"
+            self.refuse(match, lambda: partial_fc.load(tmp_path / "c", head, optimizer, network), head, optimizer)
+
+        on(world, body)
+
+    @pytest.mark.parametrize("world", [1, 2])
+    @pytest.mark.parametrize(
+        "what, match",
+        [
+            (
+                "fewer parameters",
+                r"state optimizer\.head\.bias\.momentum_buffer is of no parameter .* has head\.weight;",
+            ),
+            ("a network's parameters", r"^(rank 0: )?2 parameters of the optimizer are not of the head: save and load"),
+            ("a buffer's shape", r"margin_module\.t is \[7\]; expected \[\]"),
+            ("a state's shape", rf"weight\.momentum_buffer is \[{C}, 3\]; its parameter is \[{C}, {D}\]"),
+            ("the sampler's shape", r"sampler is \[3\]; expected \[2\]"),
+        ],
+    )
+    def test_safetensors(self, what, match, world, tmp_path):
+        path = tmp_path / "h"
+
+        def body():
+            head, _, _ = training(bias=True)
+            own = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+            for p in head.parameters():
+                own.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            partial_fc.export_safetensors(path, head, own)
+            tensors = {n: t.clone() for n, t in partial_fc.tensor_file.read(path)[0].items()}
+            tensors |= {
+                "a buffer's shape": {"margin_module.t": torch.zeros(7)},
+                "a state's shape": {"optimizer.weight.momentum_buffer": torch.zeros(C, 3)},
+                "the sampler's shape": {"sampler": torch.zeros(3, dtype=torch.int64)},
+            }.get(what, {})
+            head.ranks.barrier()
+            partial_fc.tensor_file.write(path, head.ranks, tensors, {})
+            head, _, network = training(seed=5, bias=True)
+            parameters = [head.weight] if what == "fewer parameters" else head.parameters()
+            if what.startswith("a network"):
+                parameters = [*parameters, *network.parameters()]
+            own = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+            self.refuse(match, lambda: partial_fc.import_safetensors(path, head, own), head, own)
+
+        on(world, body)
+
+
 def test_a_failure_while_writing_leaves_the_last(tmp_path, monkeypatch):
     head, optimizer, network = training()
     partial_fc.save(tmp_path / "c", head, optimizer, network)
