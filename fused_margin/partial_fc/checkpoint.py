@@ -32,7 +32,7 @@ from .ranks import Ranks
 from .tensor_file import CheckpointError, sync_folder
 
 FORMAT = "fused_margin.partial_fc 1"
-_LATEST, _MANIFEST = "latest", "manifest.json"
+_LATEST, _MANIFEST, _METADATA = "latest", "manifest.json", ".metadata"
 
 
 def save(
@@ -80,7 +80,7 @@ def load(
     version, manifest, metadata = _agreed(ranks, lambda: _opened(Path(folder)))
     _agreed(ranks, lambda: _check_files(version, manifest["files"], ranks))
     state = _module_state(head, network)
-    extra = _empty(metadata, "extra.")
+    extra = _agreed(ranks, lambda: _empty(metadata, "extra."))
     found = {} if optimizer is None else _agreed(ranks, lambda: _empty_state(manifest["state"], head))
 
     def check() -> None:
@@ -212,16 +212,22 @@ def _opened(folder: Path) -> tuple[Path, dict, Metadata]:
     manifest = json.loads((version / _MANIFEST).read_text())
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{version} has format {manifest.get('format')!r}; expected {FORMAT!r}")
+    # Before the other files, as it is parsed first: damaged bytes may ask the unpickler for any amount of memory.
+    _check_file(version / _METADATA, manifest["files"][_METADATA])
     return version, manifest, _Reader(version).read_metadata()
 
 
 def _check_files(version: Path, files: dict[str, list[int]], ranks: Ranks) -> None:
-    for name in sorted(files)[ranks.rank :: ranks.world]:
-        found = _checksum(version / name)
-        if found[0] != files[name][0]:
-            raise CheckpointError(f"{version / name} has {found[0]} bytes, and was written with {files[name][0]}")
-        if found != files[name]:
-            raise CheckpointError(f"{version / name} is damaged: its checksum differs from what was written")
+    for name in sorted(files.keys() - {_METADATA})[ranks.rank :: ranks.world]:
+        _check_file(version / name, files[name])
+
+
+def _check_file(path: Path, written: list[int]) -> None:
+    found = _checksum(path)
+    if found[0] != written[0]:
+        raise CheckpointError(f"{path} has {found[0]} bytes, and was written with {written[0]}")
+    if found != written:
+        raise CheckpointError(f"{path} is damaged: its checksum differs from what was written")
 
 
 def _check_shapes(state: dict[str, Tensor], metadata: Metadata, version: Path) -> None:
@@ -233,19 +239,22 @@ def _check_shapes(state: dict[str, Tensor], metadata: Metadata, version: Path) -
             raise CheckpointError(f"{version}: {name} is {list(entry.size)} there, {list(t.shape)} here")
 
 
-def _agreed(ranks: Ranks, work):
-    """What `work` gives; where it raises on any rank, all raise that rank's error."""
-    result, problem = None, None
+def _agreed(ranks: Ranks, work, otherwise: str = "no checkpoint of this kind, or a damaged one"):
+    """What `work` gives; where it raises on any rank, all raise that rank's error.
+
+    otherwise: how to name an error that is no CheckpointError. Any is caught: the others would wait for this rank.
+    """
+    result, problem, cause = None, None, None
     try:
         result = work()
     except CheckpointError as error:
-        problem = str(error)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, EOFError) as error:
-        problem = f"no checkpoint of this kind, or a damaged one ({type(error).__name__}: {error})"
+        problem, cause = str(error), error
+    except Exception as error:
+        problem, cause = f"{otherwise} ({type(error).__name__}: {error})", error
     problems = ranks.objects(problem)
     for rank, text in enumerate(problems):
         if text is not None:
-            raise CheckpointError(text if ranks.world == 1 else f"rank {rank}: {text}")
+            raise CheckpointError(text if ranks.world == 1 else f"rank {rank}: {text}") from cause
     return result
 
 
@@ -259,7 +268,7 @@ def _over(ranks: Ranks) -> Iterator[dict[str, object]]:
 
 
 def _on_first(ranks: Ranks, work) -> None:
-    _agreed(ranks, work if ranks.rank == 0 else lambda: None)
+    _agreed(ranks, work if ranks.rank == 0 else lambda: None, "the checkpoint could not be written")
 
 
 _RECORDS = {
@@ -295,10 +304,10 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         path = Path(self.path)
-        with open(path / ".metadata", "rb") as file:
+        with open(path / _METADATA, "rb") as file:
             metadata = _Unpickler(file).load()
         if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{path / '.metadata'} holds {type(metadata).__name__}, no metadata")
+            raise CheckpointError(f"{path / _METADATA} holds {type(metadata).__name__}, no metadata")
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):  # torch would unpickle it
                 raise CheckpointError(f"{path}: {name} is no tensor, and only tensors are read")

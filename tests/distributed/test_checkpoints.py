@@ -183,6 +183,13 @@ class TestDamage:
     def data(self, folder):
         return next((folder / "00000001").glob("*.distcp"))
 
+    def sign(self, path):
+        """Gives a changed file a checksum that fits."""
+        manifest = path.parent / "manifest.json"
+        content = json.loads(manifest.read_text())
+        content["files"][path.name] = partial_fc.checkpoint._checksum(path)
+        manifest.write_text(json.dumps(content))
+
     def test_cut_off(self, folder):
         path = self.data(folder)
         os.truncate(path, path.stat().st_size - 7)
@@ -194,6 +201,37 @@ class TestDamage:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
         self.refuse(folder, "is damaged: its checksum differs")
+
+    def test_metadata_is_checked_before_it_is_parsed(self, folder, monkeypatch):
+        path = folder / "00000001" / ".metadata"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        monkeypatch.setattr(partial_fc.checkpoint._Unpickler, "load", lambda self: pytest.fail("parsed"))
+        self.refuse(folder, r"\.metadata is damaged: its checksum differs")
+
+    def test_what_the_unpickler_raises(self, folder):
+        """With a checksum that fits: bytes of a length that no memory has."""
+        path = folder / "00000001" / ".metadata"
+        path.write_bytes(b"\x80\x04\x8e" + b"\xff" * 8)
+        self.sign(path)
+        self.refuse(folder, r"or a damaged one .OverflowError")
+
+    @pytest.mark.parametrize("error", [MemoryError, RuntimeError, IndexError])
+    def test_any_error_of_one_rank_is_all_ranks(self, error, folder, monkeypatch):
+        once = iter([True])
+
+        def failing(*args):
+            if next(once, False):
+                raise error("x")
+
+        monkeypatch.setattr(partial_fc.checkpoint, "_check_files", failing)
+
+        def body():
+            with pytest.raises(partial_fc.CheckpointError, match=f"rank [01]: no checkpoint .*{error.__name__}: x"):
+                partial_fc.load(folder, *training())
+
+        run_threads(2, body)
 
     def test_a_file_missing(self, folder):
         self.data(folder).unlink()
@@ -222,10 +260,7 @@ class TestDamage:
             metadata = pickle.loads(path.read_bytes())
             metadata.state_dict_metadata["head.weight"] = dcp.metadata.BytesStorageMetadata()
             path.write_bytes(pickle.dumps(metadata))
-        manifest = folder / "00000001" / "manifest.json"
-        content = json.loads(manifest.read_text())
-        content["files"][".metadata"] = partial_fc.checkpoint._checksum(path)
-        manifest.write_text(json.dumps(content))
+        self.sign(path)
         self.refuse(folder, "system, which no" if what.startswith("code") else "BytesStorageMetadata, which no")
         assert not (tmp_path / "ran").exists()
 
@@ -318,7 +353,7 @@ def test_a_failure_while_writing_leaves_the_last(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(partial_fc.checkpoint, "sync_folder", full)
-        with pytest.raises(partial_fc.CheckpointError, match="disk full"):
+        with pytest.raises(partial_fc.CheckpointError, match=r"could not be written .OSError: disk full"):
             partial_fc.save(tmp_path / "c", head, optimizer, network)
     other, optimizer, network = training(seed=3)
     partial_fc.load(tmp_path / "c", other, optimizer, network)
