@@ -32,6 +32,7 @@ from .ranks import Ranks
 from .tensor_file import CheckpointError, sync_folder
 
 FORMAT = "fused_margin.partial_fc 1"
+_OPTIONS = "it was saved with other options; build all as it was"
 _LATEST, _MANIFEST, _METADATA = "latest", "manifest.json", ".metadata"
 
 
@@ -60,6 +61,7 @@ def save(
     with _over(ranks) as how:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(version), **how)
     manifest = {"format": FORMAT, "groups": groups, "files": _checksums(version, ranks)}
+    manifest["optimizer"] = None if optimizer is None else optimizer_state.kind_of(optimizer)
     manifest["state"] = {name: _described(t) for name, t in state.items() if name.startswith(optimizer_state.PREFIX)}
     _on_first(ranks, lambda: _publish(folder, version, manifest, keep))
     return version
@@ -73,6 +75,9 @@ def load(
 ) -> dict[str, Tensor]:
     """Loads what `save` wrote, into a head of any number of ranks; returns the extra tensors.
 
+    What was saved of an optimizer or a network stays unread where none is given. An optimizer of another class must go
+    on from the same states, as RowSGD and SweepSGD do from torch.optim.SGD's.
+
     Raises `CheckpointError`, on all ranks and before anything is changed, where a file is missing, damaged or of
     another format, or where shapes or names differ.
     """
@@ -85,11 +90,13 @@ def load(
 
     def check() -> None:
         _check_shapes(state | extra | found, metadata, version)
+        _check_names(state, metadata, version, ["head."] if network is None else ["head.", "network."])
         if optimizer is not None:
             if manifest["groups"] is None:
                 raise CheckpointError(f"{version} has no optimizer's state; load it without one")
             shapes = {name: list(t.shape) for name, t in found.items()}
-            optimizer_state.check(optimizer, head, network, shapes, manifest["groups"], head.num_classes)
+            kind = manifest.get("optimizer")
+            optimizer_state.check(optimizer, head, network, shapes, manifest["groups"], head.num_classes, kind)
 
     _agreed(ranks, check)
     everything = state | extra | found
@@ -234,9 +241,18 @@ def _check_shapes(state: dict[str, Tensor], metadata: Metadata, version: Path) -
     for name, t in state.items():
         entry = metadata.state_dict_metadata.get(name)
         if entry is None:
-            raise CheckpointError(f"{version} has no {name}: was it saved from a head with other options?")
+            raise CheckpointError(f"{version} has no {name}: {_OPTIONS}")
         if entry.size != t.shape:
             raise CheckpointError(f"{version}: {name} is {list(entry.size)} there, {list(t.shape)} here")
+
+
+def _check_names(state: dict[str, Tensor], metadata: Metadata, version: Path, prefixes: list[str]) -> None:
+    """Nothing that was saved of these modules may be left out: a bias that is dropped changes every logit."""
+    more = [n for n in metadata.state_dict_metadata if n.startswith(tuple(prefixes)) and n not in state]
+    if more:
+        raise CheckpointError(
+            f"{version} has {', '.join(sorted(more))}, and what it is loaded into has not: {_OPTIONS}"
+        )
 
 
 def _agreed(ranks: Ranks, work, otherwise: str = "no checkpoint of this kind, or a damaged one"):

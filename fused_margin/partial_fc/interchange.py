@@ -47,6 +47,7 @@ def export_safetensors(
             else local
         )
     described = {"num_classes": head.num_classes, "sub_centers": head.sub_centers, "margin": repr(head.margin)}
+    described["optimizer"] = None if optimizer is None else optimizer_state.kind_of(optimizer)
     tensor_file.write(path, head.ranks, tensors, {"format": "pt", "fused_margin": json.dumps(described)})
 
 
@@ -74,8 +75,9 @@ def import_safetensors(
 
     Raises `CheckpointError`, on all ranks and before anything is changed, where the file does not fit.
     """
-    found, _ = _agreed(head.ranks, lambda: tensor_file.read(path))
-    state = _agreed(head.ranks, lambda: _rows_of_file(head, found, optimizer, classes, Path(path)))
+    found, metadata = _agreed(head.ranks, lambda: tensor_file.read(path))
+    kind = _agreed(head.ranks, lambda: json.loads(metadata.get("fused_margin", "{}")).get("optimizer"))
+    state = _agreed(head.ranks, lambda: _rows_of_file(head, found, optimizer, kind, classes, Path(path)))
     own = {name: t for name, t in state.items() if not name.startswith(optimizer_state.PREFIX)}
     fresh = head.state_dict()
     for name, t in own.items():
@@ -107,6 +109,7 @@ def _rows_of_file(
     head: PartialFC,
     found: dict[str, Tensor],
     optimizer: torch.optim.Optimizer | None,
+    kind: str | None,
     classes: Tensor | None,
     path: Path,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -133,11 +136,17 @@ def _rows_of_file(
     missing = [n for n in names if n not in found]
     if missing:
         raise CheckpointError(f"{path} has no {', '.join(missing)}: was it saved from a head with other options?")
+    more = [n for n in found if n not in (*names, "sampler") and not n.startswith(optimizer_state.PREFIX)]
+    if more:
+        raise CheckpointError(
+            f"{path} has {', '.join(sorted(more))}, and the head has not: build it with the options it was saved with, "
+            "or take the weight alone with load_weight"
+        )
     _check_shapes(head, found, old, path)
     if optimizer is not None:
         states = [n for n in found if n.startswith(optimizer_state.PREFIX)]
         shapes = {_inside(n): list(found[n].shape) for n in states}
-        optimizer_state.check(optimizer, head, None, shapes, None, old)
+        optimizer_state.check(optimizer, head, None, shapes, None, old, kind)
         names += states
     for name in names:
         t = found[name].view(old, -1) if name == "weight" else found[name]

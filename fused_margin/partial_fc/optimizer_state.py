@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from ..optim.base import RowOptimizer
 from .head import PartialFC
 from .layout import local_part, sharded
 from .tensor_file import CheckpointError
@@ -73,10 +74,12 @@ def check(
     shapes: dict[str, list[int]],
     groups: list[dict] | None,
     rows: int,
+    kind: str | None,
 ) -> None:
     """Raises where `restore` could not put these states back, and changes nothing; before any weight is written.
 
     shapes: of the whole states, by name. rows: how many the parameters split by classes had when they were saved.
+    kind: the optimizer's class when it was saved, None: not known.
     """
     try:
         members = _named(optimizer, parameter_names(head, network))
@@ -89,6 +92,14 @@ def check(
         if not all(isinstance(g["options"], dict) for g in groups):
             raise CheckpointError("the options of the optimizer's groups are no names with values; a damaged manifest")
     by_name = {name: p for group in members for name, p in group}
+    saved_states: dict[str, dict[str, list[int]]] = {}
+    for full, shape in shapes.items():
+        name, _, key = full.removeprefix(PREFIX).rpartition(".")
+        saved_states.setdefault(name, {})[key] = shape
+    for number, (group, named) in enumerate(zip(optimizer.param_groups, members, strict=True)):
+        options = group if groups is None else group | groups[number]["options"]
+        for name, _ in named:
+            _check_kind(optimizer, options, name, saved_states.get(name, {}), kind)
     for full, shape in shapes.items():
         name = full.removeprefix(PREFIX).rpartition(".")[0]
         if name not in by_name:
@@ -102,6 +113,43 @@ def check(
         # States of fewer dimensions (a step's number, one for all or for each row) are the optimizer's own business.
         if len(shape) == len(whole) and any(n not in (1, m) for n, m in zip(shape, whole, strict=True)):
             raise CheckpointError(f"the state {full} is {list(shape)}; its parameter is {whole}: of another head?")
+
+
+def kind_of(optimizer: torch.optim.Optimizer) -> str:
+    return type(optimizer).__qualname__
+
+
+def _check_kind(
+    optimizer: torch.optim.Optimizer, options: dict, name: str, saved: dict[str, list[int]], kind: str | None
+) -> None:
+    """Raises where another class of optimizer wrote a parameter's states, and this one would not go on from them."""
+    if not saved or kind == kind_of(optimizer):
+        return
+    made, ours = _state_names(optimizer, options), isinstance(optimizer, RowOptimizer)
+    if made is None:
+        fits = kind is None  # nothing is known of either
+    elif ours:  # from torch's too, which counts steps in one number, or not at all
+        fits = saved.keys() | {"step"} == made | {"step"}
+    else:  # torch's optimizers cannot go on from a count for each row
+        fits = saved.keys() == made and not saved.get("step")
+    if not fits:
+        had = [f"{key} of each row" if key == "step" and shape else key for key, shape in sorted(saved.items())]
+        has = "states of other names or shapes" if made is None else ", ".join(sorted(made)) or "no state"
+        raise CheckpointError(
+            f"{name}'s optimizer was saved by {kind or 'an optimizer'} with {', '.join(had)}; "
+            f"{kind_of(optimizer)} has {has}: build the optimizer that was saved, or load without it"
+        )
+
+
+def _state_names(optimizer: torch.optim.Optimizer, options: dict) -> set[str] | None:
+    """Of the states that an optimizer makes for a parameter; None: not known before it has taken a step."""
+    if isinstance(optimizer, RowOptimizer):
+        return set(optimizer._names(options).values())
+    if type(optimizer) is torch.optim.SGD:
+        return {"momentum_buffer"} if options["momentum"] else set()
+    if type(optimizer) in (torch.optim.Adam, torch.optim.AdamW):
+        return {"exp_avg", "exp_avg_sq", "step"} | ({"max_exp_avg_sq"} if options["amsgrad"] else set())
+    return None
 
 
 def restore(

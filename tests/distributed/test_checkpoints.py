@@ -342,6 +342,82 @@ class TestNothingIsChanged:
         on(world, body)
 
 
+def an_optimizer(name, head, network):
+    kind = getattr(torch.optim, name, None) or getattr(fm.optim, name)
+    return kind([*head.parameters(), *network.parameters()], lr=0.1, **({"momentum": 0.9} if "SGD" in name else {}))
+
+
+class TestOthersThanSaved:
+    """What was saved and has no place in what it is loaded into."""
+
+    @pytest.mark.parametrize("way", ["checkpoint", "safetensors"])
+    def test_a_bias(self, way, tmp_path):
+        saved, other = training(bias=True)[0], training()[0]
+        before = other.weight.detach().clone()
+        write, read = {
+            "checkpoint": (partial_fc.save, partial_fc.load),
+            "safetensors": (partial_fc.export_safetensors, partial_fc.import_safetensors),
+        }[way]
+        write(tmp_path / "c", saved)
+        with pytest.raises(partial_fc.CheckpointError, match=r"c\S* has (head\.)?bias, and .* has not: "):
+            read(tmp_path / "c", other)
+        assert torch.equal(before, other.weight)
+
+    def test_a_network(self, tmp_path):
+        """May be left out as a whole, but not in part."""
+        head, _, network = training()
+        partial_fc.save(tmp_path / "c", head, None, network)
+        partial_fc.load(tmp_path / "c", head)
+        with pytest.raises(partial_fc.CheckpointError, match=r"has network\.bias, and"):
+            partial_fc.load(tmp_path / "c", head, None, torch.nn.Linear(D, D, bias=False))
+
+    @pytest.mark.parametrize("way", ["checkpoint", "safetensors"])
+    @pytest.mark.parametrize(
+        "before, after, fits",
+        [
+            ("RowSGD", "RowAdamW", False),
+            ("SGD", "RowSGD", True),
+            ("RowSGD", "SGD", True),
+            ("SGD", "Adam", False),
+            ("SGD", "Adagrad", False),
+            ("Adagrad", "SGD", False),
+            ("Adagrad", "Adagrad", True),
+            ("AdamW", "RowAdamW", True),
+            ("RowAdamW", "AdamW", False),
+        ],
+    )
+    def test_an_optimizer(self, way, before, after, fits, tmp_path):
+        head, _, network = training()
+        if way == "safetensors":
+            network = torch.nn.Identity()  # a file holds a head alone
+        optimizer = an_optimizer(before, head, network)
+        x, y = torch.randn(B, D), torch.randint(C, (B,))
+        head(network(x), y).backward()
+        optimizer.step()
+        other = training(seed=5)[0]
+        its = an_optimizer(after, other, network)
+        if way == "checkpoint":
+            partial_fc.save(tmp_path / "c", head, optimizer, network)
+            load = lambda: partial_fc.load(tmp_path / "c", other, its, network)  # noqa: E731
+        else:
+            partial_fc.export_safetensors(tmp_path / "c", head, optimizer)
+            load = lambda: partial_fc.import_safetensors(tmp_path / "c", other, its)  # noqa: E731
+        weights = other.weight.detach().clone()
+        if fits:
+            load()
+            other(network(x), y).backward()
+            its.step()
+            return
+        of_each = "step of each row" if before == "RowAdamW" else ""
+        known = "of other names" if after == "Adagrad" else "momentum_buffer" if after == "SGD" else "exp_avg"
+        with pytest.raises(
+            partial_fc.CheckpointError, match=f"saved by {before} with .*{of_each}; {after} has .*{known}"
+        ):
+            load()
+        assert torch.equal(weights, other.weight)
+        assert after == "Adagrad" or not its.state  # Adagrad's is made with it
+
+
 def test_a_failure_while_writing_leaves_the_last(tmp_path, monkeypatch):
     head, optimizer, network = training()
     partial_fc.save(tmp_path / "c", head, optimizer, network)
