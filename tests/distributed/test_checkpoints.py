@@ -151,7 +151,9 @@ def test_state_of_a_margin_head_and_back(tmp_path):
 
     def load():
         head = fm.PartialFC(D, C, fm.CurricularFace(), class_weight=torch.ones(C), sub_centers=2, bias=True)
-        head.load_state_dict(one.state_dict(), strict=False)
+        head.seed, head.step = 4, 7
+        head.load_state_dict(one.state_dict())
+        assert (head.seed, head.step) == (4, 7), "which a MarginHead does not have"
         partial_fc.export_safetensors(tmp_path / "head.safetensors", head)
         return plain(head.weight.detach()).view(-1, D), plain(head.class_weight)
 
@@ -160,8 +162,10 @@ def test_state_of_a_margin_head_and_back(tmp_path):
     assert torch.equal(torch.cat([w for _, w in out]), one.class_weight)
     tensors, metadata = partial_fc.tensor_file.read(tmp_path / "head.safetensors")
     other = fm.MarginHead(D, C, fm.CurricularFace(), class_weight=torch.ones(C), sub_centers=2, bias=True)
-    tensors.pop("sampler")
     other.load_state_dict(tensors)
+    torch.nn.Sequential(other).load_state_dict({f"0.{name}": t for name, t in tensors.items()})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"samplers"'):
+        other.load_state_dict(tensors | {"samplers": torch.zeros(2)})
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
     assert json.loads(metadata["fused_margin"])["num_classes"] == C
 
