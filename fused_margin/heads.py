@@ -126,6 +126,10 @@ class MarginHead(KeepsPrecision):
 
         return margin.map(mark)
 
+    def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
+        """Takes a PartialFC's too: which classes it draws next means nothing here."""
+        super()._load_from_state_dict({k: v for k, v in state.items() if k != prefix + "sampler"}, prefix, *rest)
+
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.01)
         if self.bias is not None:

@@ -32,7 +32,8 @@ from .ranks import Ranks
 from .tensor_file import CheckpointError, sync_folder
 
 FORMAT = "fused_margin.partial_fc 1"
-_LATEST, _MANIFEST = "latest", "manifest.json"
+_OPTIONS = "it was saved with other options; build all as it was"
+_LATEST, _MANIFEST, _METADATA = "latest", "manifest.json", ".metadata"
 
 
 def save(
@@ -47,20 +48,20 @@ def save(
     """Saves a training: head, sampler, margin state, optimizer, and the network that all ranks have alike.
 
     All ranks must call it, with a folder on a file system that they share. extra: more tensors by name, the same on all
-    ranks (a step's number, a schedule). keep: versions that stay, the new one among them.
+    ranks (a step's number, a schedule), numbers as `torch.tensor(3)`. keep: versions that stay, the new one among them.
     Returns: the folder of the version.
     """
     folder, ranks = Path(folder), head.ranks
     state = _module_state(head, network) | {f"extra.{name}": t for name, t in (extra or {}).items()}
-    groups = None
-    if optimizer is not None:
-        found, groups = optimizer_state.tensors(optimizer, head, network)
-        state |= _completed(found, head)
+    found, groups = ({}, None) if optimizer is None else optimizer_state.tensors(optimizer, head, network)
+    _check_tensors(state | found, ranks)
+    state |= _completed(found, head)
     version = folder / f"{ranks.objects(_next_version(folder))[0]:08d}"
     _on_first(ranks, lambda: _start(folder, version))
     with _over(ranks) as how:
         dcp.save(state, storage_writer=dcp.FileSystemWriter(version), **how)
     manifest = {"format": FORMAT, "groups": groups, "files": _checksums(version, ranks)}
+    manifest["optimizer"] = None if optimizer is None else optimizer_state.kind_of(optimizer)
     manifest["state"] = {name: _described(t) for name, t in state.items() if name.startswith(optimizer_state.PREFIX)}
     _on_first(ranks, lambda: _publish(folder, version, manifest, keep))
     return version
@@ -74,6 +75,9 @@ def load(
 ) -> dict[str, Tensor]:
     """Loads what `save` wrote, into a head of any number of ranks; returns the extra tensors.
 
+    What was saved of an optimizer or a network stays unread where none is given. An optimizer of another class must go
+    on from the same states, as RowSGD and SweepSGD do from torch.optim.SGD's.
+
     Raises `CheckpointError`, on all ranks and before anything is changed, where a file is missing, damaged or of
     another format, or where shapes or names differ.
     """
@@ -81,11 +85,20 @@ def load(
     version, manifest, metadata = _agreed(ranks, lambda: _opened(Path(folder)))
     _agreed(ranks, lambda: _check_files(version, manifest["files"], ranks))
     state = _module_state(head, network)
-    extra = _empty(metadata, "extra.")
-    found = {} if optimizer is None else _empty_state(manifest["state"], head)
-    _agreed(ranks, lambda: _check_shapes(state | extra | found, metadata, version))
-    if optimizer is not None and manifest["groups"] is None:
-        raise CheckpointError(f"{version} has no optimizer's state; load it without one")
+    extra = _agreed(ranks, lambda: _empty(metadata, "extra."))
+    found = {} if optimizer is None else _agreed(ranks, lambda: _empty_state(manifest["state"], head))
+
+    def check() -> None:
+        _check_shapes(state | extra | found, metadata, version)
+        _check_names(state, metadata, version, ["head."] if network is None else ["head.", "network."])
+        if optimizer is not None:
+            if manifest["groups"] is None:
+                raise CheckpointError(f"{version} has no optimizer's state; load it without one")
+            shapes = {name: list(t.shape) for name, t in found.items()}
+            kind = manifest.get("optimizer")
+            optimizer_state.check(optimizer, head, network, shapes, manifest["groups"], head.num_classes, kind)
+
+    _agreed(ranks, check)
     everything = state | extra | found
     with _over(ranks) as how:
         dcp.load(everything, storage_reader=_Reader(version), **how)
@@ -99,10 +112,20 @@ def load(
 def _module_state(head: PartialFC, network: nn.Module | None) -> dict[str, Tensor]:
     state = {f"head.{name}": t for name, t in head.state_dict().items()}
     for name, t in network.state_dict().items() if network is not None else ():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"network.{name} is {type(t).__name__}; a checkpoint holds tensors only")
         state[f"network.{name}"] = t
     return state
+
+
+def _check_tensors(state: dict[str, object], ranks: Ranks) -> None:
+    """Anything else would be pickled by torch, and refused by `load`; all ranks raise where one has such a value."""
+    wrong = [f"{name} is {type(t).__name__}" for name, t in state.items() if not isinstance(t, Tensor)]
+    everyone = ranks.objects(wrong)
+    for rank, names in enumerate(everyone):
+        if names:
+            where = "" if ranks.world == 1 else f"rank {rank}: "
+            raise TypeError(
+                f"{where}{', '.join(names)}; a checkpoint holds tensors only: give numbers as torch.tensor(...)"
+            )
 
 
 def _completed(found: dict[str, Tensor], head: PartialFC) -> dict[str, Tensor]:
@@ -196,40 +219,58 @@ def _opened(folder: Path) -> tuple[Path, dict, Metadata]:
     manifest = json.loads((version / _MANIFEST).read_text())
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{version} has format {manifest.get('format')!r}; expected {FORMAT!r}")
+    # Before the other files, as it is parsed first: damaged bytes may ask the unpickler for any amount of memory.
+    _check_file(version / _METADATA, manifest["files"][_METADATA])
     return version, manifest, _Reader(version).read_metadata()
 
 
 def _check_files(version: Path, files: dict[str, list[int]], ranks: Ranks) -> None:
-    for name in sorted(files)[ranks.rank :: ranks.world]:
-        found = _checksum(version / name)
-        if found[0] != files[name][0]:
-            raise CheckpointError(f"{version / name} has {found[0]} bytes, and was written with {files[name][0]}")
-        if found != files[name]:
-            raise CheckpointError(f"{version / name} is damaged: its checksum differs from what was written")
+    for name in sorted(files.keys() - {_METADATA})[ranks.rank :: ranks.world]:
+        _check_file(version / name, files[name])
+
+
+def _check_file(path: Path, written: list[int]) -> None:
+    found = _checksum(path)
+    if found[0] != written[0]:
+        raise CheckpointError(f"{path} has {found[0]} bytes, and was written with {written[0]}")
+    if found != written:
+        raise CheckpointError(f"{path} is damaged: its checksum differs from what was written")
 
 
 def _check_shapes(state: dict[str, Tensor], metadata: Metadata, version: Path) -> None:
     for name, t in state.items():
         entry = metadata.state_dict_metadata.get(name)
         if entry is None:
-            raise CheckpointError(f"{version} has no {name}: was it saved from a head with other options?")
+            raise CheckpointError(f"{version} has no {name}: {_OPTIONS}")
         if entry.size != t.shape:
             raise CheckpointError(f"{version}: {name} is {list(entry.size)} there, {list(t.shape)} here")
 
 
-def _agreed(ranks: Ranks, work):
-    """What `work` gives; where it raises on any rank, all raise that rank's error."""
-    result, problem = None, None
+def _check_names(state: dict[str, Tensor], metadata: Metadata, version: Path, prefixes: list[str]) -> None:
+    """Nothing that was saved of these modules may be left out: a bias that is dropped changes every logit."""
+    more = [n for n in metadata.state_dict_metadata if n.startswith(tuple(prefixes)) and n not in state]
+    if more:
+        raise CheckpointError(
+            f"{version} has {', '.join(sorted(more))}, and what it is loaded into has not: {_OPTIONS}"
+        )
+
+
+def _agreed(ranks: Ranks, work, otherwise: str = "no checkpoint of this kind, or a damaged one"):
+    """What `work` gives; where it raises on any rank, all raise that rank's error.
+
+    otherwise: how to name an error that is no CheckpointError. Any is caught: the others would wait for this rank.
+    """
+    result, problem, cause = None, None, None
     try:
         result = work()
     except CheckpointError as error:
-        problem = str(error)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, pickle.UnpicklingError, EOFError) as error:
-        problem = f"no checkpoint of this kind, or a damaged one ({type(error).__name__}: {error})"
+        problem, cause = str(error), error
+    except Exception as error:
+        problem, cause = f"{otherwise} ({type(error).__name__}: {error})", error
     problems = ranks.objects(problem)
     for rank, text in enumerate(problems):
         if text is not None:
-            raise CheckpointError(text if ranks.world == 1 else f"rank {rank}: {text}")
+            raise CheckpointError(text if ranks.world == 1 else f"rank {rank}: {text}") from cause
     return result
 
 
@@ -243,7 +284,7 @@ def _over(ranks: Ranks) -> Iterator[dict[str, object]]:
 
 
 def _on_first(ranks: Ranks, work) -> None:
-    _agreed(ranks, work if ranks.rank == 0 else lambda: None)
+    _agreed(ranks, work if ranks.rank == 0 else lambda: None, "the checkpoint could not be written")
 
 
 _RECORDS = {
@@ -279,10 +320,10 @@ class _Reader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: object, **kwargs: object) -> Metadata:
         path = Path(self.path)
-        with open(path / ".metadata", "rb") as file:
+        with open(path / _METADATA, "rb") as file:
             metadata = _Unpickler(file).load()
         if not isinstance(metadata, Metadata):
-            raise CheckpointError(f"{path / '.metadata'} holds {type(metadata).__name__}, no metadata")
+            raise CheckpointError(f"{path / _METADATA} holds {type(metadata).__name__}, no metadata")
         for name, entry in metadata.state_dict_metadata.items():
             if not isinstance(entry, TensorStorageMetadata):  # torch would unpickle it
                 raise CheckpointError(f"{path}: {name} is no tensor, and only tensors are read")

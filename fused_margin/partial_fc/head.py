@@ -379,13 +379,14 @@ class PartialFC(MarginHead):
     def _load_from_state_dict(
         self, state: dict, prefix: str, metadata: dict, strict: bool, missing: list, *rest
     ) -> None:
-        """Takes tensors of this rank's rows, of all classes, or DTensors of any number of ranks' layout."""
+        """Takes tensors of this rank's rows, of all classes, or DTensors of any number of ranks' layout.
+
+        A MarginHead has no "sampler"; seed and step then stay as they are.
+        """
         state = dict(state)
         sampler = state.pop(prefix + "sampler", None)
         if sampler is not None:
             self.seed, self.step = (int(value) for value in sampler)
-        elif strict:
-            missing.append(prefix + "sampler")
         for name in self.sharded_names & {n.removeprefix(prefix) for n in state if n.startswith(prefix)}:
             given, mine = state[prefix + name], getattr(self, name)
             if not isinstance(given, DTensor) and name == "weight" and given.shape[0] != self.layout.count:

@@ -47,12 +47,18 @@ def export_safetensors(
             else local
         )
     described = {"num_classes": head.num_classes, "sub_centers": head.sub_centers, "margin": repr(head.margin)}
+    described["optimizer"] = None if optimizer is None else optimizer_state.kind_of(optimizer)
     tensor_file.write(path, head.ranks, tensors, {"format": "pt", "fused_margin": json.dumps(described)})
 
 
 def _outside(name: str) -> str:
     """A name without "head."."""
     return name.removeprefix("head.") if name.startswith("head.") else name.replace("optimizer.head.", "optimizer.", 1)
+
+
+def _inside(name: str) -> str:
+    """The name in a training of an optimizer's state."""
+    return name.replace(optimizer_state.PREFIX, f"{optimizer_state.PREFIX}head.", 1)
 
 
 def import_safetensors(
@@ -66,9 +72,12 @@ def import_safetensors(
 
     classes [C]: for each class of this head its number in the file, -1 for a new one, which keeps the weight it has and
     starts with an optimizer's state of 0. None: all as they are. Each rank reads its own rows only.
+
+    Raises `CheckpointError`, on all ranks and before anything is changed, where the file does not fit.
     """
-    found, _ = _agreed(head.ranks, lambda: tensor_file.read(path))
-    state = _agreed(head.ranks, lambda: _rows_of_file(head, found, optimizer, classes, Path(path)))
+    found, metadata = _agreed(head.ranks, lambda: tensor_file.read(path))
+    kind = _agreed(head.ranks, lambda: json.loads(metadata.get("fused_margin", "{}")).get("optimizer"))
+    state = _agreed(head.ranks, lambda: _rows_of_file(head, found, optimizer, kind, classes, Path(path)))
     own = {name: t for name, t in state.items() if not name.startswith(optimizer_state.PREFIX)}
     fresh = head.state_dict()
     for name, t in own.items():
@@ -81,8 +90,9 @@ def import_safetensors(
     if optimizer is not None:
         values = {}
         for name, (t, kept) in ((n, t) for n, t in state.items() if n.startswith(optimizer_state.PREFIX)):
-            full = name.replace(optimizer_state.PREFIX, optimizer_state.PREFIX + "head.", 1)
-            values[full] = torch.where(kept.view(-1, *[1] * (t.dim() - 1)), t, 0) if kept is not None else t.clone()
+            values[_inside(name)] = (
+                torch.where(kept.view(-1, *[1] * (t.dim() - 1)), t, 0) if kept is not None else t.clone()
+            )
         optimizer_state.restore(optimizer, head, None, values, None)
 
 
@@ -99,6 +109,7 @@ def _rows_of_file(
     head: PartialFC,
     found: dict[str, Tensor],
     optimizer: torch.optim.Optimizer | None,
+    kind: str | None,
     classes: Tensor | None,
     path: Path,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -125,16 +136,40 @@ def _rows_of_file(
     missing = [n for n in names if n not in found]
     if missing:
         raise CheckpointError(f"{path} has no {', '.join(missing)}: was it saved from a head with other options?")
+    more = [n for n in found if n not in (*names, "sampler") and not n.startswith(optimizer_state.PREFIX)]
+    if more:
+        raise CheckpointError(
+            f"{path} has {', '.join(sorted(more))}, and the head has not: build it with the options it was saved with, "
+            "or take the weight alone with load_weight"
+        )
+    _check_shapes(head, found, old, path)
     if optimizer is not None:
-        names += [n for n in found if n.startswith(optimizer_state.PREFIX)]
+        states = [n for n in found if n.startswith(optimizer_state.PREFIX)]
+        shapes = {_inside(n): list(found[n].shape) for n in states}
+        optimizer_state.check(optimizer, head, None, shapes, None, old, kind)
+        names += states
     for name in names:
         t = found[name].view(old, -1) if name == "weight" else found[name]
-        split = name in head.sharded_names or name.startswith(optimizer_state.PREFIX)
+        state_of, _, _ = name.removeprefix(optimizer_state.PREFIX).rpartition(".")
+        split = (state_of if name.startswith(optimizer_state.PREFIX) else name) in head.sharded_names
         if split and t.dim() and t.shape[0] == old:
             state[name] = (t[mine.clamp_min(0)] if classes is not None else head.layout.part(t).clone(), kept)
         else:
             state[name] = (t, None)
     return state
+
+
+def _check_shapes(head: PartialFC, found: dict[str, Tensor], old: int, path: Path) -> None:
+    """Of all but the weight. old: the file's number of classes."""
+    for name, t in head.state_dict().items():
+        if name == "weight" or name not in found:
+            continue
+        expected = [old, *t.shape[1:]] if name in head.sharded_names else list(t.shape)
+        given = list(found[name].shape)
+        if given != expected and (expected or found[name].numel() != 1):  # a number may come as [1]
+            raise CheckpointError(
+                f"{path}: {name} is {given}; expected {expected}: build the head with the options it was saved with"
+            )
 
 
 def load_weight(head: PartialFC, weight: Tensor | Sequence[Tensor], *, transposed: bool = False) -> None:

@@ -151,7 +151,9 @@ def test_state_of_a_margin_head_and_back(tmp_path):
 
     def load():
         head = fm.PartialFC(D, C, fm.CurricularFace(), class_weight=torch.ones(C), sub_centers=2, bias=True)
-        head.load_state_dict(one.state_dict(), strict=False)
+        head.seed, head.step = 4, 7
+        head.load_state_dict(one.state_dict())
+        assert (head.seed, head.step) == (4, 7), "which a MarginHead does not have"
         partial_fc.export_safetensors(tmp_path / "head.safetensors", head)
         return plain(head.weight.detach()).view(-1, D), plain(head.class_weight)
 
@@ -160,8 +162,10 @@ def test_state_of_a_margin_head_and_back(tmp_path):
     assert torch.equal(torch.cat([w for _, w in out]), one.class_weight)
     tensors, metadata = partial_fc.tensor_file.read(tmp_path / "head.safetensors")
     other = fm.MarginHead(D, C, fm.CurricularFace(), class_weight=torch.ones(C), sub_centers=2, bias=True)
-    tensors.pop("sampler")
     other.load_state_dict(tensors)
+    torch.nn.Sequential(other).load_state_dict({f"0.{name}": t for name, t in tensors.items()})
+    with pytest.raises(RuntimeError, match=r'Unexpected key.*"samplers"'):
+        other.load_state_dict(tensors | {"samplers": torch.zeros(2)})
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
     assert json.loads(metadata["fused_margin"])["num_classes"] == C
 
@@ -183,6 +187,13 @@ class TestDamage:
     def data(self, folder):
         return next((folder / "00000001").glob("*.distcp"))
 
+    def sign(self, path):
+        """Gives a changed file a checksum that fits."""
+        manifest = path.parent / "manifest.json"
+        content = json.loads(manifest.read_text())
+        content["files"][path.name] = partial_fc.checkpoint._checksum(path)
+        manifest.write_text(json.dumps(content))
+
     def test_cut_off(self, folder):
         path = self.data(folder)
         os.truncate(path, path.stat().st_size - 7)
@@ -194,6 +205,37 @@ class TestDamage:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
         self.refuse(folder, "is damaged: its checksum differs")
+
+    def test_metadata_is_checked_before_it_is_parsed(self, folder, monkeypatch):
+        path = folder / "00000001" / ".metadata"
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        monkeypatch.setattr(partial_fc.checkpoint._Unpickler, "load", lambda self: pytest.fail("parsed"))
+        self.refuse(folder, r"\.metadata is damaged: its checksum differs")
+
+    def test_what_the_unpickler_raises(self, folder):
+        """With a checksum that fits: bytes of a length that no memory has."""
+        path = folder / "00000001" / ".metadata"
+        path.write_bytes(b"\x80\x04\x8e" + b"\xff" * 8)
+        self.sign(path)
+        self.refuse(folder, r"or a damaged one .OverflowError")
+
+    @pytest.mark.parametrize("error", [MemoryError, RuntimeError, IndexError])
+    def test_any_error_of_one_rank_is_all_ranks(self, error, folder, monkeypatch):
+        once = iter([True])
+
+        def failing(*args):
+            if next(once, False):
+                raise error("x")
+
+        monkeypatch.setattr(partial_fc.checkpoint, "_check_files", failing)
+
+        def body():
+            with pytest.raises(partial_fc.CheckpointError, match=f"rank [01]: no checkpoint .*{error.__name__}: x"):
+                partial_fc.load(folder, *training())
+
+        run_threads(2, body)
 
     def test_a_file_missing(self, folder):
         self.data(folder).unlink()
@@ -222,10 +264,7 @@ class TestDamage:
             metadata = pickle.loads(path.read_bytes())
             metadata.state_dict_metadata["head.weight"] = dcp.metadata.BytesStorageMetadata()
             path.write_bytes(pickle.dumps(metadata))
-        manifest = folder / "00000001" / "manifest.json"
-        content = json.loads(manifest.read_text())
-        content["files"][".metadata"] = partial_fc.checkpoint._checksum(path)
-        manifest.write_text(json.dumps(content))
+        self.sign(path)
         self.refuse(folder, "system, which no" if what.startswith("code") else "BytesStorageMetadata, which no")
         assert not (tmp_path / "ran").exists()
 
@@ -241,6 +280,148 @@ class TestDamage:
         run_threads(3, body)
 
 
+class TestNothingIsChanged:
+    """Where an optimizer or a shape does not fit, all ranks raise before anything is written."""
+
+    def refuse(self, match, load, head, optimizer):
+        before = {k: plain(v).clone() for k, v in head.state_dict().items()}
+        with pytest.raises(partial_fc.CheckpointError, match=match):
+            load()
+        assert all(torch.equal(plain(v), before[k]) for k, v in head.state_dict().items())
+        assert not optimizer.state
+
+    @pytest.mark.parametrize("world", [1, 2])
+    @pytest.mark.parametrize("what", ["groups", "no optimizer", "one rank's groups"])
+    def test_checkpoint(self, what, world, tmp_path):
+        def body():
+            head, optimizer, network = training()
+            steps(head, optimizer, network, 0, 1)
+            partial_fc.save(tmp_path / "c", head, None if what == "no optimizer" else optimizer, network)
+            head, optimizer, network = training(seed=5)
+            if what == "groups" or (what.startswith("one") and head.ranks.rank == 0):
+                optimizer = torch.optim.SGD([*head.parameters(), *network.parameters()], lr=0.1, momentum=0.9)
+            match = "has no optimizer's state" if what == "no optimizer" else "the optimizer's groups were .*, and are"
+            self.refuse(match, lambda: partial_fc.load(tmp_path / "c", head, optimizer, network), head, optimizer)
+
+        on(world, body)
+
+    @pytest.mark.parametrize("world", [1, 2])
+    @pytest.mark.parametrize(
+        "what, match",
+        [
+            (
+                "fewer parameters",
+                r"state optimizer\.head\.bias\.momentum_buffer is of no parameter .* has head\.weight;",
+            ),
+            ("a network's parameters", r"^(rank 0: )?2 parameters of the optimizer are not of the head: save and load"),
+            ("a buffer's shape", r"margin_module\.t is \[7\]; expected \[\]"),
+            ("a state's shape", rf"weight\.momentum_buffer is \[{C}, 3\]; its parameter is \[{C}, {D}\]"),
+            ("the sampler's shape", r"sampler is \[3\]; expected \[2\]"),
+        ],
+    )
+    def test_safetensors(self, what, match, world, tmp_path):
+        path = tmp_path / "h"
+
+        def body():
+            head, _, _ = training(bias=True)
+            own = torch.optim.SGD(head.parameters(), lr=0.1, momentum=0.9)
+            for p in head.parameters():
+                own.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            partial_fc.export_safetensors(path, head, own)
+            tensors = {n: t.clone() for n, t in partial_fc.tensor_file.read(path)[0].items()}
+            tensors |= {
+                "a buffer's shape": {"margin_module.t": torch.zeros(7)},
+                "a state's shape": {"optimizer.weight.momentum_buffer": torch.zeros(C, 3)},
+                "the sampler's shape": {"sampler": torch.zeros(3, dtype=torch.int64)},
+            }.get(what, {})
+            head.ranks.barrier()
+            partial_fc.tensor_file.write(path, head.ranks, tensors, {})
+            head, _, network = training(seed=5, bias=True)
+            parameters = [head.weight] if what == "fewer parameters" else head.parameters()
+            if what.startswith("a network"):
+                parameters = [*parameters, *network.parameters()]
+            own = torch.optim.SGD(parameters, lr=0.1, momentum=0.9)
+            self.refuse(match, lambda: partial_fc.import_safetensors(path, head, own), head, own)
+
+        on(world, body)
+
+
+def an_optimizer(name, head, network):
+    kind = getattr(torch.optim, name, None) or getattr(fm.optim, name)
+    return kind([*head.parameters(), *network.parameters()], lr=0.1, **({"momentum": 0.9} if "SGD" in name else {}))
+
+
+class TestOthersThanSaved:
+    """What was saved and has no place in what it is loaded into."""
+
+    @pytest.mark.parametrize("way", ["checkpoint", "safetensors"])
+    def test_a_bias(self, way, tmp_path):
+        saved, other = training(bias=True)[0], training()[0]
+        before = other.weight.detach().clone()
+        write, read = {
+            "checkpoint": (partial_fc.save, partial_fc.load),
+            "safetensors": (partial_fc.export_safetensors, partial_fc.import_safetensors),
+        }[way]
+        write(tmp_path / "c", saved)
+        with pytest.raises(partial_fc.CheckpointError, match=r"c\S* has (head\.)?bias, and .* has not: "):
+            read(tmp_path / "c", other)
+        assert torch.equal(before, other.weight)
+
+    def test_a_network(self, tmp_path):
+        """May be left out as a whole, but not in part."""
+        head, _, network = training()
+        partial_fc.save(tmp_path / "c", head, None, network)
+        partial_fc.load(tmp_path / "c", head)
+        with pytest.raises(partial_fc.CheckpointError, match=r"has network\.bias, and"):
+            partial_fc.load(tmp_path / "c", head, None, torch.nn.Linear(D, D, bias=False))
+
+    @pytest.mark.parametrize("way", ["checkpoint", "safetensors"])
+    @pytest.mark.parametrize(
+        "before, after, fits",
+        [
+            ("RowSGD", "RowAdamW", False),
+            ("SGD", "RowSGD", True),
+            ("RowSGD", "SGD", True),
+            ("SGD", "Adam", False),
+            ("SGD", "Adagrad", False),
+            ("Adagrad", "SGD", False),
+            ("Adagrad", "Adagrad", True),
+            ("AdamW", "RowAdamW", True),
+            ("RowAdamW", "AdamW", False),
+        ],
+    )
+    def test_an_optimizer(self, way, before, after, fits, tmp_path):
+        head, _, network = training()
+        if way == "safetensors":
+            network = torch.nn.Identity()  # a file holds a head alone
+        optimizer = an_optimizer(before, head, network)
+        x, y = torch.randn(B, D), torch.randint(C, (B,))
+        head(network(x), y).backward()
+        optimizer.step()
+        other = training(seed=5)[0]
+        its = an_optimizer(after, other, network)
+        if way == "checkpoint":
+            partial_fc.save(tmp_path / "c", head, optimizer, network)
+            load = lambda: partial_fc.load(tmp_path / "c", other, its, network)  # noqa: E731
+        else:
+            partial_fc.export_safetensors(tmp_path / "c", head, optimizer)
+            load = lambda: partial_fc.import_safetensors(tmp_path / "c", other, its)  # noqa: E731
+        weights = other.weight.detach().clone()
+        if fits:
+            load()
+            other(network(x), y).backward()
+            its.step()
+            return
+        of_each = "step of each row" if before == "RowAdamW" else ""
+        known = "of other names" if after == "Adagrad" else "momentum_buffer" if after == "SGD" else "exp_avg"
+        with pytest.raises(
+            partial_fc.CheckpointError, match=f"saved by {before} with .*{of_each}; {after} has .*{known}"
+        ):
+            load()
+        assert torch.equal(weights, other.weight)
+        assert after == "Adagrad" or not its.state  # Adagrad's is made with it
+
+
 def test_a_failure_while_writing_leaves_the_last(tmp_path, monkeypatch):
     head, optimizer, network = training()
     partial_fc.save(tmp_path / "c", head, optimizer, network)
@@ -252,7 +433,7 @@ def test_a_failure_while_writing_leaves_the_last(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(partial_fc.checkpoint, "sync_folder", full)
-        with pytest.raises(partial_fc.CheckpointError, match="disk full"):
+        with pytest.raises(partial_fc.CheckpointError, match=r"could not be written .OSError: disk full"):
             partial_fc.save(tmp_path / "c", head, optimizer, network)
     other, optimizer, network = training(seed=3)
     partial_fc.load(tmp_path / "c", other, optimizer, network)
@@ -262,6 +443,30 @@ def test_a_failure_while_writing_leaves_the_last(tmp_path, monkeypatch):
     kept = sorted(p.name for p in (tmp_path / "c").iterdir())
     assert len(kept) == 3, "two versions and the name of the latest"
     assert kept[-1] == "latest"
+
+
+@pytest.mark.parametrize("where", ["extra", "network", "optimizer"])
+def test_what_is_no_tensor_is_not_saved(where, tmp_path):
+    """It could not be loaded, and the last version that can be would be deleted. One rank's is enough."""
+    match = {"extra": r"extra\.epoch is int", "network": r"network\._extra_state is str",
+             "optimizer": r"optimizer\.head\.weight\.name is str"}[where]  # fmt: skip
+
+    def body():
+        head, optimizer, network = training()
+        extra = {"epoch": torch.tensor(2)}
+        partial_fc.save(tmp_path / "c", head, optimizer, network, extra, keep=1)
+        if head.ranks.rank == 0 and where == "extra":
+            extra = {"epoch": 3}
+        elif head.ranks.rank == 0 and where == "network":
+            network.__class__ = type("WithState", (torch.nn.Linear,), {"get_extra_state": lambda self: "x"})
+        elif head.ranks.rank == 0:
+            optimizer.state[head.weight]["name"] = "x"
+        with pytest.raises(TypeError, match=match + r"; .*torch\.tensor\(\.\.\.\)"):
+            partial_fc.save(tmp_path / "c", head, optimizer, network, extra, keep=1)
+        assert partial_fc.load(tmp_path / "c", *training()) == {"epoch": torch.tensor(2)}
+
+    run_threads(2, body)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == ["00000001", "latest"], "nothing was written"
 
 
 SAVER = """
