@@ -309,7 +309,9 @@ MUTANTS = [
     *_in(
         "fused_margin/partial_fc/checkpoint.py",
         ("checkpoint_runs_code", "if plain or name in _RECORDS.get(module, ()):", "if True:"),
-        ("checkpoint_unchecked", "if found != files[name]:", "if False:"),
+        ("checkpoint_unchecked", "if found != written:", "if False:"),
+        ("checkpoint_parsed_unchecked", "    _check_file(version / _META", "    0 and _check_file(version / _META"),
+        ("checkpoint_names_one_way", "and n not in state]", "and False]"),
         (
             "checkpoint_step_lost",
             "head.seed, head.step = (int(value) for value in everything",
@@ -320,6 +322,11 @@ MUTANTS = [
             "    manifest = {\"format\"",
             "    (folder / _LATEST).write_text(version.name)\n    manifest = {\"format\"",
         ),
+    ),
+    *_in(
+        "fused_margin/partial_fc/optimizer_state.py",
+        ("checkpoint_of_another_optimizer", "    if not fits:", "    if False:"),
+        ("checkpoint_steps_of_rows_to_torch", "== made and not saved.get(\"step\")", "== made"),
     ),
     *_in(
         "fused_margin/partial_fc/tensor_file.py",
