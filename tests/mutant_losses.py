@@ -69,6 +69,7 @@ LOSS_MUTANTS = [
     *_in(
         "fused_margin/margins/base.py",
         ("wrapper_drops_the_loss_of_a_row", "return self.base.row_loss(out)", "return super().row_loss(out)"),
+        ("guards_count_as_rules", "not (base.guards or base.rule() == IDENTITY)", "base.rule() != IDENTITY"),
         ("wrapper_drops_the_bias", "return self.base.bias()", "return None"),
         ("wrapper_drops_the_penalty", "return self.base.penalty()", "return 0.0"),
         ("wrapper_drops_what_comes_after", "return self.replaced(base=self.base.after(hard_mean))", "return self"),
@@ -208,6 +209,7 @@ LOSS_MUTANTS = [
             "if isinstance(value, (Tensor, PerClass, PerSample)):\n        raise TypeError",
             "if False:\n        raise TypeError",
         ),
+        ("psi_of_any_factor", "parameter(name, value, 1, LARGEST_FACTOR,", "parameter(name, value, 1, math.inf,"),
         ("scalars_that_learn_nothing", "if isinstance(inner, Tensor) and inner.requires_grad:", "if False:"),
         ("counts_below_0", "(counts >= 0)", "(counts >= -9)"),
         ("counts_all_0", "if not counts.any():", "if False:"),
@@ -224,6 +226,9 @@ LOSS_MUTANTS = [
             "by = softplus(out.red - out.z) if extras.mining is not None and margin.softmax else loss",
             "by = loss",
         ),
+        ("why_not_of_any_margin", "spec._replace(rule=margin.rule().name), type", "spec, type"),
+        ("why_not_of_any_centres", 'Spec(sub_centers=sub_centers), ""', 'Spec(), ""'),
+        ("rule_of_the_batch_unasked", "if spec.rule != head.spec.rule and (", "if False and ("),
     ),
     *_in(
         "fused_margin/inputs.py",

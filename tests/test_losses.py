@@ -126,6 +126,34 @@ def test_detached(name, backend):
     check(name, FP64, backend, "detached", 1)
 
 
+@pytest.mark.parametrize("name", LOSSES)
+def test_row_extras_of_every_loss(name, backend):
+    """Weights of samples and of classes, ignored rows, both reductions, and statistics from the same sweep."""
+    loss = LOSSES[name]
+    if backend != "reference" and not loss.kernel:
+        pytest.skip(f"{backend}: {name} is a loss of the reference backend")
+    inputs, exact = data(name, FP64, 2), dense(name, FP64, data(name, FP64, 2), "exact")
+    x, w, labels = inputs
+    a, b = torch.linspace(0.5, 2, len(x)).double(), torch.linspace(2, 0.1, CLASSES).double()
+    weights = {"sample_weight": a, "class_weight": b}
+    weighted = a * b[labels.clamp_min(0)] * exact["loss"]
+    torch.testing.assert_close(library(name, FP64, inputs, backend, "exact", **weights)["loss"], weighted)
+    torch.manual_seed(5)
+    with default_dtype(torch.float64):
+        margin, given = loss.make(CLASSES, DIM, gradient="exact"), options(loss, CLASSES)
+    torch.manual_seed(6)
+    total, stats = margin_cross_entropy(
+        x, w, labels, margin, reduction="sum", return_stats=True, backend=backend, **weights, **given
+    )
+    torch.testing.assert_close(total, weighted.sum())
+    found = oracle.cosines(x, w, labels.clamp_min(0), sub_centers=loss.centres, normalize=(not loss.products,) * 2)
+    valid = labels >= 0
+    torch.testing.assert_close(stats.target_cosine, torch.where(valid, found.c_y, 0.0))
+    best = found.c.masked_fill(~found.rival, -torch.inf).amax(1)
+    if margin.bias() is None or margin.bias().dim() == 0:
+        assert int(stats.correct) == int((valid & (found.c_y >= best)).sum())
+
+
 SMOOTHED = [
     n
     for n, loss in LOSSES.items()
