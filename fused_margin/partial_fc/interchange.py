@@ -76,8 +76,7 @@ def import_safetensors(
     Raises `CheckpointError`, on all ranks and before anything is changed, where the file does not fit.
     """
     found, metadata = _agreed(head.ranks, lambda: tensor_file.read(path))
-    kind = _agreed(head.ranks, lambda: json.loads(metadata.get("fused_margin", "{}")).get("optimizer"))
-    state = _agreed(head.ranks, lambda: _rows_of_file(head, found, optimizer, kind, classes, Path(path)))
+    state = _agreed(head.ranks, lambda: _rows_of_file(head, found, metadata, optimizer, classes, Path(path)))
     own = {name: t for name, t in state.items() if not name.startswith(optimizer_state.PREFIX)}
     fresh = head.state_dict()
     for name, t in own.items():
@@ -108,8 +107,8 @@ def _assign(local: Tensor, values: Tensor, kept: Tensor | None) -> None:
 def _rows_of_file(
     head: PartialFC,
     found: dict[str, Tensor],
+    metadata: dict[str, str],
     optimizer: torch.optim.Optimizer | None,
-    kind: str | None,
     classes: Tensor | None,
     path: Path,
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
@@ -146,6 +145,7 @@ def _rows_of_file(
     if optimizer is not None:
         states = [n for n in found if n.startswith(optimizer_state.PREFIX)]
         shapes = {_inside(n): list(found[n].shape) for n in states}
+        kind = json.loads(metadata.get("fused_margin", "{}")).get("optimizer")
         optimizer_state.check(optimizer, head, None, shapes, None, old, kind)
         names += states
     for name in names:

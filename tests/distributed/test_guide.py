@@ -13,7 +13,7 @@ import torch
 import fused_margin as fm
 from fused_margin.partial_fc.sampling import stratified
 
-from .test_checkpoints import ROOT
+from .trainings import ROOT
 
 GUIDE = ROOT / "docs/partial_fc.md"
 TINY = ["--steps", "12", "--batch", "32", "--classes", "200"]

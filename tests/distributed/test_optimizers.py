@@ -8,8 +8,8 @@ from fused_margin import partial_fc
 
 from ..conftest import require
 from .sharded import part, plain
-from .test_checkpoints import SPLITS, B, C, D
 from .threads import run_threads
+from .trainings import SPLITS, B, C, D
 
 OPTIONS = {"lr": 0.1, "momentum": 0.9, "weight_decay": 1e-3}
 

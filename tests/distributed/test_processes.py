@@ -19,8 +19,8 @@ from ..cases import FP64
 from ..error_rule import ErrorRule
 from ..test_losses import data, dense
 from .sharded import Outcome, together
-from .test_checkpoints import ROOT, steps, training
 from .threads import run_threads
+from .trainings import ROOT, steps, training
 from .worker import DIES_AT, ELASTIC, EVERY, HEADS, batch, network
 
 

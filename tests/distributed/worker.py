@@ -16,7 +16,7 @@ from fused_margin import partial_fc
 from ..cases import FP64
 from ..test_losses import data
 from .sharded import build, part, step
-from .test_checkpoints import steps, training
+from .trainings import steps, training
 
 SPLITS = (6, 4)
 HEADS = {  # whose embeddings get a gradient beside that of the sweep
