@@ -27,11 +27,11 @@ class Launch(NamedTuple):
     numbers: tuple[int, ...]
 
 
-def launches(batch: int, classes: int, programs: int, cache_bytes: int, dim: int = 8) -> list[Launch]:
+def launches(batch: int, classes: int, programs: int, l2_bytes: int, dim: int = 8) -> list[Launch]:
     """Of a step with bf16 operands and float32 weights; no dimension decides any of them, so a small one will do."""
     import fused_margin as fm
     from tests.gpu_without_gpu.cuda_host.backend import emulated
-    from tests.gpu_without_gpu.cuda_host.planned import plan
+    from tests.gpu_without_gpu.cuda_host.planned import cache_for_chunk, plan
 
     found: list[Launch] = []
 
@@ -39,7 +39,7 @@ def launches(batch: int, classes: int, programs: int, cache_bytes: int, dim: int
         short = re.search(r"3gpu\d+([a-z_]+?)_kernel", name)[1]
         found.append(Launch(short, grid[0], struct.unpack(f"{len(argument) // 8}q", argument)[-15:]))
 
-    chunk = plan(batch, dim, classes, programs=programs, cache_bytes=cache_bytes).chunk
+    chunk = plan(batch, dim, classes, programs=programs, cache_bytes=cache_for_chunk(l2_bytes)).chunk
     x = torch.ones(batch, dim, dtype=torch.bfloat16, requires_grad=True)
     w = torch.ones(1, dim).expand(classes, dim).requires_grad_()
     with emulated(None, caught, programs=programs, chunk=chunk):
@@ -49,10 +49,10 @@ def launches(batch: int, classes: int, programs: int, cache_bytes: int, dim: int
     return found
 
 
-def of_cuda_step(batch: int, classes: int, dim: int, programs: int, cache_bytes: int) -> list[Cost]:
+def of_cuda_step(batch: int, classes: int, dim: int, programs: int, l2_bytes: int) -> list[Cost]:
     """Each launch of a step, in order, and the library products between them."""
     costs = []
-    for launch in launches(batch, classes, programs, cache_bytes):
+    for launch in launches(batch, classes, programs, l2_bytes):
         costs += _of_launch(launch, batch, classes, dim)
         if launch.name == "unit_weights":  # the product that follows in run_chunks of csrc/cuda/ops.cpp
             rows = launch.numbers[-2]

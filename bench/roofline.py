@@ -108,7 +108,7 @@ def fused(arch: int | str, batch: int, classes: int, dim: int) -> list[Cost]:
 
 @cache
 def fused_cuda(processors: int, cache_mb: int, batch: int, classes: int, dim: int) -> list[Cost]:
-    return of_cuda_step(batch, classes, dim, processors, min((cache_mb << 20) // 3, 32 << 20))  # as csrc/cuda/call.h
+    return of_cuda_step(batch, classes, dim, processors, cache_mb << 20)
 
 
 def floor(batch: int, classes: int, dim: int) -> list[Cost]:

@@ -49,7 +49,7 @@ struct Device {
     if (error == cudaSuccess) error = cudaDeviceGetAttribute(&cache, cudaDevAttrL2CacheSize, device);
     STD_TORCH_CHECK(error == cudaSuccess, "fused_margin: ", cudaGetErrorString(error));
     programs = processors;
-    chunk_bytes = std::min<int64_t>(cache / 3, 32 << 20);  // beside the rows of w that stream by
+    chunk_bytes = cache_for_chunk(cache);
   }
   torch::stable::accelerator::DeviceGuard guard;
 #endif

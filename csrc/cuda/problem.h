@@ -99,6 +99,9 @@ inline int64_t splits_of(int64_t tiles, int64_t blocks, int64_t programs) {
   return std::max<int64_t>(1, std::min(tiles, programs / blocks));
 }
 
+// Of G, beside the rows of w that stream through an L2 cache of this size.
+inline int64_t cache_for_chunk(int64_t l2_bytes) { return std::min<int64_t>(l2_bytes / 3, 32 << 20); }
+
 inline Plan plan(int64_t batch, int64_t dim, int64_t classes, int sub_centers, Storage operand, int64_t programs,
                  int64_t cache_bytes, const Cut& cut = {}) {
   Plan p;

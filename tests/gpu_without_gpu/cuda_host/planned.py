@@ -18,6 +18,13 @@ class Plan(NamedTuple):
     chunk: int
 
 
+def cache_for_chunk(l2_bytes) -> int:
+    """Of an L2 cache, what a chunk of G may take."""
+    function = load("plan.cpp").cache_of
+    function.restype = ctypes.c_int64
+    return function(ctypes.c_int64(l2_bytes))
+
+
 def plan(batch, dim, classes, centers=1, operands="bf16", programs=132, cache_bytes=16 << 20) -> Plan:
     found = (ctypes.c_int64 * 7)()
     given = (ctypes.c_int64(n) for n in (batch, dim, classes))

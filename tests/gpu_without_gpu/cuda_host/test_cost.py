@@ -28,7 +28,7 @@ def test_kernels_on_classes():
     with emulated(80, run, programs=2):
         loss = fm.functional.margin_cross_entropy(x, w, torch.arange(batch), fm.ArcFace(), backend="cuda")
         torch.autograd.grad(loss, (x, w))
-    model = {c.name: c for c in cuda_cost.of_cuda_step(batch, classes, dim, programs=2, cache_bytes=1 << 20)}
+    model = {c.name: c for c in cuda_cost.of_cuda_step(batch, classes, dim, programs=2, l2_bytes=3 << 20)}
     for name in MODELLED:
         assert model[name].flops == found[name].flops, name
         assert model[name].read == pytest.approx(found[name].read, rel=0.15), name
@@ -37,7 +37,7 @@ def test_kernels_on_classes():
 
 @pytest.mark.parametrize("classes", [10**5, 3 * 10**7])
 def test_every_class_is_in_one_chunk(classes):
-    launches = cuda_cost.launches(2, classes, programs=132, cache_bytes=16 << 20)
+    launches = cuda_cost.launches(2, classes, programs=132, l2_bytes=48 << 20)
     tiles = sum(launch.numbers[-5] for launch in launches if launch.name == "gradient")
     assert tiles == -(-classes // 128)
     names = [launch.name for launch in launches]

@@ -4,21 +4,24 @@ import pytest
 import torch
 
 import fused_margin as fm
+from bench import roofline
 from fused_margin import ops
 from fused_margin.spec import Spec, Want
 
 from .backend import emulated, simulated
-from .planned import OPERANDS, plan
+from .planned import OPERANDS, cache_for_chunk, plan
 
-MULTIPROCESSORS = {"A100": (108, 40), "RTX 3090": (82, 6), "H100": (132, 50), "B200": (148, 126), "RTX 5090": (170, 96)}
+DEVICES = {name: (d.processors, d.cache) for name, d in roofline.DEVICES.items() if d.processors} | {
+    "RTX 3090": (82, 6)
+}
 MOST_PROGRAMS = 2**31 - 1  # of the one grid axis in use
 
 
-@pytest.mark.parametrize("device", MULTIPROCESSORS)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("classes", [1, 127, 10**6, 3 * 10**7, 2**31 - 2**20 - 1])
 def test_limits(device, classes):
-    programs, l2 = MULTIPROCESSORS[device]
-    cache = min((l2 << 20) // 3, 32 << 20)
+    programs, l2 = DEVICES[device]
+    cache = cache_for_chunk(l2 << 20)
     for batch in (1, 128, 512, 4096, 65536):
         for centers in (1, 2, 3, 16):
             for operands in OPERANDS:
@@ -43,6 +46,7 @@ def test_splits_fill_the_device_once():
 
 
 def test_chunks_stay_in_the_cache():
+    assert [cache_for_chunk(mb << 20) for mb in (6, 48, 126)] == [2 << 20, 16 << 20, 32 << 20]
     p = plan(512, 512, 10**7)
     assert p.chunk * 512 * 2 <= 16 << 20
     assert plan(512, 512, 10**7, operands="fp32").chunk * 512 * 4 <= 16 << 20
