@@ -204,6 +204,7 @@ class AdaMSoftmax(StatefulMargin):
     """
 
     default_scale = 30.0
+    by_class = ("m",)
 
     def __init__(
         self, num_classes: int, low: float = 0.3, high: float = 0.4, weight: float = 70.0, *, gradient: str = "exact"
@@ -254,6 +255,7 @@ class KappaFace(StatefulMargin):
     """
 
     additive = False
+    by_class = ("counts", "kappa", "sums", "seen")
 
     def __init__(
         self,

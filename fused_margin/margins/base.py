@@ -200,6 +200,8 @@ class StatefulMargin(KeepsPrecision, Margin):
     gradient, except where a parameter learns. It stays float32 in a head that is made 16-bit.
     """
 
+    by_class: tuple[str, ...] = ()  # parameters and buffers with a row for each class, which come and go with it
+
     def __init__(self, gradient: str = "exact") -> None:
         super().__init__()
         choice("gradient", gradient, GRADIENTS)

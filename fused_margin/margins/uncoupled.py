@@ -172,6 +172,7 @@ class UniFace(StatefulMargin):
         number("weight", weight, 1e-9)
         count("num_classes", num_classes)
         self.weight, self.num_classes = weight, num_classes
+        self.by_class = ("b",) if per_class else ()
         self.b = nn.Parameter(torch.full((num_classes,) if per_class else (), math.log(10 * num_classes)))
 
     def prepare(self, rows: RowStats, labels: Tensor) -> Margin:

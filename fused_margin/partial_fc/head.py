@@ -150,6 +150,12 @@ class PartialFC(MarginHead):
             shown = sharded(local.detach(), self.layout, self.ranks)
             self.register_parameter(name, nn.Parameter(shown, requires_grad=local.requires_grad))
 
+    @property
+    def class_names(self) -> set[str]:
+        """Parameters and buffers with a row for each class: what is split, and the margin's own, which are not."""
+        own = () if self.margin_module is None else self.margin_module.by_class
+        return self.sharded_names | {f"margin_module.{name}" for name in own}
+
     def _hold(self, name: str, tensor: Tensor | None) -> None:
         if tensor is None or tensor.shape != (self.num_classes,):
             super()._hold(name, tensor)

@@ -128,8 +128,6 @@ def _rows_of_file(
         )
     if bool((wanted >= old).any()) or bool((wanted < -1).any()):
         raise CheckpointError(f"classes must lie in [-1, {old}), the classes of {path}")
-    mine = head.layout.part(wanted)
-    kept = None if classes is None else mine >= 0
     state = {}
     names = [n for n in head.state_dict() if n != "sampler"]
     missing = [n for n in names if n not in found]
@@ -151,11 +149,14 @@ def _rows_of_file(
     for name in names:
         t = found[name].view(old, -1) if name == "weight" else found[name]
         state_of, _, _ = name.removeprefix(optimizer_state.PREFIX).rpartition(".")
-        split = (state_of if name.startswith(optimizer_state.PREFIX) else name) in head.sharded_names
-        if split and t.dim() and t.shape[0] == old:
-            state[name] = (t[mine.clamp_min(0)] if classes is not None else head.layout.part(t).clone(), kept)
+        owner = state_of if name.startswith(optimizer_state.PREFIX) else name
+        by_class = owner in head.class_names and t.dim() and t.shape[0] == old
+        part = head.layout.part if owner in head.sharded_names else lambda rows: rows
+        if by_class and classes is not None:
+            taken = part(wanted)
+            state[name] = (t[taken.clamp_min(0)], taken >= 0)
         else:
-            state[name] = (t, None)
+            state[name] = (part(t).clone() if by_class else t, None)
     return state
 
 
@@ -164,7 +165,7 @@ def _check_shapes(head: PartialFC, found: dict[str, Tensor], old: int, path: Pat
     for name, t in head.state_dict().items():
         if name == "weight" or name not in found:
             continue
-        expected = [old, *t.shape[1:]] if name in head.sharded_names else list(t.shape)
+        expected = [old, *t.shape[1:]] if name in head.class_names else list(t.shape)
         given = list(found[name].shape)
         if given != expected and (expected or found[name].numel() != 1):  # a number may come as [1]
             raise CheckpointError(

@@ -78,7 +78,7 @@ def check(
 ) -> None:
     """Raises where `restore` could not put these states back, and changes nothing; before any weight is written.
 
-    shapes: of the whole states, by name. rows: how many the parameters split by classes had when they were saved.
+    shapes: of the whole states, by name. rows: of the parameters with a row for each class, when they were saved.
     kind: the optimizer's class when it was saved, None: not known.
     """
     try:
@@ -108,7 +108,7 @@ def check(
                 "build it as it was, or load without it"
             )
         whole = list(by_name[name].shape)
-        if name.removeprefix("head.") in head.sharded_names and name.startswith("head."):
+        if name.startswith("head.") and name.removeprefix("head.") in head.class_names:
             whole[0] = rows
         # States of fewer dimensions (a step's number, one for all or for each row) are the optimizer's own business.
         if len(shape) == len(whole) and any(n not in (1, m) for n, m in zip(shape, whole, strict=True)):
