@@ -127,8 +127,12 @@ class MarginHead(KeepsPrecision):
         return margin.map(mark)
 
     def _load_from_state_dict(self, state: dict, prefix: str, *rest) -> None:
-        """Takes a PartialFC's too: which classes it draws next means nothing here."""
-        super()._load_from_state_dict({k: v for k, v in state.items() if k != prefix + "sampler"}, prefix, *rest)
+        """Takes a PartialFC's too: its weight [C, K * D], and not which classes it draws next."""
+        state, name = {k: v for k, v in state.items() if k != prefix + "sampler"}, prefix + "weight"
+        given, (rows, dim) = state.get(name), self.weight.shape
+        if isinstance(given, Tensor) and given.shape == (self.num_classes, rows // self.num_classes * dim):
+            state[name] = given.view(rows, dim)
+        super()._load_from_state_dict(state, prefix, *rest)
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.01)

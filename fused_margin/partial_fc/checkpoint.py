@@ -183,7 +183,7 @@ def _start(folder: Path, version: Path) -> None:
 
 def _publish(folder: Path, version: Path, manifest: dict, keep: int) -> None:
     """Makes a version the latest, and removes older ones and what kills left behind."""
-    (version / _MANIFEST).write_text(json.dumps(manifest))
+    (version / _MANIFEST).write_text(json.dumps(_signed(manifest)))
     for path in [version / _MANIFEST, version]:
         sync_folder(path)
     pointer = folder / (_LATEST + ".partial")
@@ -195,6 +195,12 @@ def _publish(folder: Path, version: Path, manifest: dict, keep: int) -> None:
     whole = [p for p in versions if (p / _MANIFEST).exists()]
     for path in {*versions} - {*whole[len(whole) - max(keep - 1, 0) :]}:
         shutil.rmtree(path, ignore_errors=True)
+
+
+def _signed(manifest: dict) -> dict:
+    """With a checksum of its own, beside those of the files."""
+    content = {key: value for key, value in manifest.items() if key != "checksum"}
+    return content | {"checksum": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
 
 
 def _checksum(path: Path) -> list[int]:
@@ -219,6 +225,8 @@ def _opened(folder: Path) -> tuple[Path, dict, Metadata]:
     manifest = json.loads((version / _MANIFEST).read_text())
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{version} has format {manifest.get('format')!r}; expected {FORMAT!r}")
+    if manifest != _signed(manifest):
+        raise CheckpointError(f"{version / _MANIFEST} is damaged: its checksum differs from what was written")
     # Before the other files, as it is parsed first: damaged bytes may ask the unpickler for any amount of memory.
     _check_file(version / _METADATA, manifest["files"][_METADATA])
     return version, manifest, _Reader(version).read_metadata()

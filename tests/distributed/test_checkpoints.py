@@ -122,7 +122,7 @@ class TestDamage:
         manifest = path.parent / "manifest.json"
         content = json.loads(manifest.read_text())
         content["files"][path.name] = partial_fc.checkpoint._checksum(path)
-        manifest.write_text(json.dumps(content))
+        manifest.write_text(json.dumps(partial_fc.checkpoint._signed(content)))
 
     def test_cut_off(self, folder):
         path = self.data(folder)
@@ -135,6 +135,13 @@ class TestDamage:
         content[len(content) // 2] ^= 1
         path.write_bytes(content)
         self.refuse(folder, "is damaged: its checksum differs")
+
+    def test_a_digit_of_the_manifest_turned(self, folder):
+        path = folder / "00000001" / "manifest.json"
+        content = path.read_text()
+        path.write_text(content.replace('"lr": 0.', '"lr": 1.'))
+        assert path.read_text() != content
+        self.refuse(folder, r"manifest\.json is damaged: its checksum differs")
 
     def test_metadata_is_checked_before_it_is_parsed(self, folder, monkeypatch):
         path = folder / "00000001" / ".metadata"

@@ -32,6 +32,7 @@ def test_state_of_a_margin_head_and_back(tmp_path):
     other = fm.MarginHead(D, C, fm.CurricularFace(), class_weight=torch.ones(C), sub_centers=2, bias=True)
     other.load_state_dict(tensors)
     torch.nn.Sequential(other).load_state_dict({f"0.{name}": t for name, t in tensors.items()})
+    other.load_state_dict(tensors | {"weight": tensors["weight"].view(C, 2 * D)})  # as a PartialFC's state_dict has it
     with pytest.raises(RuntimeError, match=r'Unexpected key.*"samplers"'):
         other.load_state_dict(tensors | {"samplers": torch.zeros(2)})
     assert all(torch.equal(v, other.state_dict()[k]) for k, v in one.state_dict().items())
