@@ -2,7 +2,8 @@
 
 A rung is a subfolder; Triton's interpreter and compiler cannot share a process, nor can the switch between them be set
 after triton's import. Where pytest is asked for one rung only, and triton is not imported yet, it runs in this process
-(with --pdb and all); else its files are collected as one item each, and the first of them runs the whole rung.
+(with --pdb and all); else its files are collected as one item each. The rungs' processes run one after the other beside
+the tests of this one, most of which leave a core idle; their reports wait until the session comes to the first item.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import ast
 import json
 import os
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -64,16 +67,77 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
 
 
 @pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    paths: dict[str, list[Path]] = {}
+    for item in session.items:
+        if isinstance(item, RungItem):
+            paths.setdefault(item.name, []).append(item.path)
+    if paths and not session.config.option.collectonly:
+        session.config.stash[_RUNGS] = Rungs(session.config, paths)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if _RUNGS in session.config.stash:
+        session.config.stash[_RUNGS].stop()
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
     if not isinstance(item, RungItem):
         return None
     items = [i for i in item.session.items if isinstance(i, RungItem) and i.name == item.name]
     if item is items[0]:
         item.session.testscollected -= len(items)
-        _run(item, [i.path for i in items])
+        _replay_all(item, item.config.stash[_RUNGS].messages[item.name])
     # An item before this one may have left open what the two have in common.
     item.session._setupstate.teardown_exact(nextitem)
     return True
+
+
+class Rungs:
+    """The rungs' processes, one after the other in a thread, and what they have sent so far."""
+
+    def __init__(self, config: pytest.Config, paths: dict[str, list[Path]]) -> None:
+        self.messages: dict[str, queue.SimpleQueue] = {name: queue.SimpleQueue() for name in paths}
+        self._config, self._paths, self._environment = config, paths, dict(os.environ)  # before any test changes it
+        self._child: subprocess.Popen | None = None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        if self._child is not None:
+            self._child.terminate()
+        self._thread.join()
+
+    def _run(self) -> None:
+        for name in self._paths:
+            ended = {"kind": "exit", "said": "it did not start"}
+            try:
+                if not self._stopped.is_set():
+                    ended["said"] = self._run_one(name)
+            finally:
+                self.messages[name].put(ended)
+
+    def _run_one(self, name: str) -> str:
+        receive, send = os.pipe()
+        environment = {**self._environment, **RUNGS[name], CHANNEL: str(send)}
+        command = _command(self._config, self._paths[name])
+        with tempfile.TemporaryFile("w+") as output:
+            self._child = subprocess.Popen(
+                command, cwd=self._config.rootpath, env=environment, pass_fds=[send], stdout=output, stderr=output
+            )
+            os.close(send)
+            with os.fdopen(receive) as lines:
+                for line in lines:
+                    self.messages[name].put(json.loads(line))
+            code = self._child.wait()
+            output.seek(0)
+            return f"it ended with {code}:\n{output.read()}"
+
+
+_RUNGS = pytest.StashKey[Rungs]()
 
 
 def _command(config: pytest.Config, paths: list[Path]) -> list[str]:
@@ -83,28 +147,17 @@ def _command(config: pytest.Config, paths: list[Path]) -> list[str]:
     return [*command, f"--rootdir={config.rootpath}", *map(str, paths)]
 
 
-def _run(item: RungItem, paths: list[Path]) -> None:
-    """Run the files in a child and replay its reports; a child that dies is a failure of its own."""
-    session, config = item.session, item.config
-    receive, send = os.pipe()
-    environment = {**os.environ, **RUNGS[item.name], CHANNEL: str(send)}
-    finished = False
-    with tempfile.TemporaryFile("w+") as output:
-        child = subprocess.Popen(
-            _command(config, paths), cwd=config.rootpath, env=environment, pass_fds=[send], stdout=output, stderr=output
-        )
-        os.close(send)
-        with os.fdopen(receive) as lines:
-            for line in lines:
-                message = json.loads(line)
-                finished |= message["kind"] == "end"
-                _replay(session, message)
-                if session.shouldfail or session.shouldstop:
-                    child.terminate()
-        child.wait()
-        output.seek(0)
-        if not (finished or session.shouldfail or session.shouldstop):
-            _fail(item, f"the rung's process ended with {child.returncode}:\n{output.read()}")
+def _replay_all(item: RungItem, messages: queue.SimpleQueue) -> None:
+    """Shows a rung's reports as they come; a process that dies is a failure of its own."""
+    session, finished = item.session, False
+    while not (session.shouldfail or session.shouldstop):
+        message = messages.get()
+        if message["kind"] == "exit":
+            if not finished:
+                _fail(item, f"the rung's process did not finish: {message['said']}")
+            return
+        finished |= message["kind"] == "end"
+        _replay(session, message)
 
 
 def _replay(session: pytest.Session, message: dict) -> None:
