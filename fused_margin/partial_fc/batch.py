@@ -93,10 +93,25 @@ def gather_batch(
     return Batch(ranks, sizes, count, x_all, labels_all, weights, learns)
 
 
+_FACTS = 5  # that ranks exchange before a batch
+_REFUSED = -1  # in the place of each, from a rank that has raised
+
+
+def refuse(ranks: Ranks, capacity: int | None, device: torch.device) -> None:
+    """Lets the other ranks, which wait in `gather_batch`, know that this one raises."""
+    if ranks.world > 1 and capacity is None:
+        ranks.gather(torch.full((_FACTS,), _REFUSED, dtype=torch.int64, device=device))
+
+
 def _exchange(ranks: Ranks, x: Tensor, sample_weight: Tensor | None, learns: bool) -> tuple[list[int], bool]:
     """Rows of each rank, and whether any wants a gradient; raises on all if they bring not the same kind of thing."""
     mine = [x.shape[0], _DTYPES.index(x.dtype), sample_weight is not None, torch.is_grad_enabled(), learns]
     everyone = ranks.gather(torch.tensor(mine, dtype=torch.int64, device=x.device)).tolist()
+    refused = [rank for rank, row in enumerate(everyone) if row[0] == _REFUSED]
+    if refused:
+        raise ValueError(
+            f"rank {refused[0]} was given what the head does not take, and says there what is wrong with it"
+        )
     for column, name in enumerate(("dtype of the embeddings", "sample_weight", "grad mode"), 1):
         values = [row[column] for row in everyone]
         if len(set(values)) > 1:

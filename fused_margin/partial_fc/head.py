@@ -17,7 +17,7 @@ from ..margins.checks import choice, number
 from ..rows import Mining
 from ..scales import ScaleRule
 from ..state import recomputing
-from .batch import Batch, gather_batch
+from .batch import Batch, gather_batch, refuse
 from .describe import described
 from .layout import Layout, LocalRows, check_agreement, local_part, sharded
 from .ranks import Amplify, Own, Ranks, Replicate
@@ -204,7 +204,11 @@ class PartialFC(MarginHead):
         local_embeddings [b, D], local_labels [b], sample_weight [b]: ranks may bring different numbers of rows, in each
         step anew, and none at all.
         """
-        self._check_input(local_embeddings, local_labels, sample_weight)
+        try:
+            self._check_input(local_embeddings, local_labels, sample_weight)
+        except (TypeError, ValueError):
+            refuse(self.ranks, self.max_local_batch, self._rows("weight").device)
+            raise
         ignored = self.options["ignore_index"]
         labels = local_labels.long()
         batch = gather_batch(self.ranks, local_embeddings, labels, sample_weight, self.max_local_batch, ignored)

@@ -164,6 +164,26 @@ class TestDisagreement:
 
         run_threads(3, body)
 
+    @pytest.mark.parametrize("world", [2, 3])
+    def test_what_one_rank_refuses(self, world):
+        """The others do not wait for it, and the next step is in order."""
+
+        def body():
+            head, odd = fm.PartialFC(4, 20), dist.get_rank() == world - 1
+            labels = torch.zeros(2, dtype=torch.long)
+            for x, wrong, said in (
+                (torch.zeros(2, 5), labels, "differ in their last dimension"),
+                ([[0.0] * 4] * 2, labels, "got list; expected a tensor"),
+                (torch.zeros(2, 4), torch.zeros(3, dtype=torch.long), "labels"),
+            ):
+                match = said if odd else f"rank {world - 1} was given what the head does not take"
+                with pytest.raises((TypeError, ValueError), match=match):
+                    head(x if odd else torch.zeros(2, 4), wrong if odd else labels)
+            return head(torch.ones(2, 4), labels).detach()
+
+        first, *others = run_threads(world, body)
+        assert all(torch.equal(first, loss) for loss in others)
+
 
 class TestInput:
     def test_labels_out_of_range_raise_on_all_ranks(self):
