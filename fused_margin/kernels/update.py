@@ -62,7 +62,7 @@ def update_block(
     lr, decay, keep, own, keep_square, own_square, log_keep, log_keep_square, eps,
     OPTIMIZER: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, COUNTED: tl.constexpr,
 ):  # fmt: skip
-    """In place: columns d of w, which are b_w and lie at `w_at`, and of the state of rows `row`, where `mask` is set."""
+    """In place: rows `row` of the state, and of w, whose numbers b_w [row, d] lie at `w_at`, where `mask` is set."""
     at = row[:, None] * D + d[None, :]
     t = tl.full(row.shape, 1.0, tl.float32)
     if COUNTED:

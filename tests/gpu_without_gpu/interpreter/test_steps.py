@@ -137,7 +137,7 @@ def test_no_row_counts(batch, name):
 def test_no_class():
     case = SweepStep("adamw", layout="index", backend="triton")
     case.index = torch.empty(0, dtype=torch.long)
-    found, w, state = case.run()
+    _, w, state = case.run()
     assert torch.equal(w, case.w)
     assert all(torch.equal(a, b) for a, b in zip(state, case.state, strict=True))
 
@@ -206,7 +206,9 @@ def test_row_optimizers_take_the_kernel(monkeypatch):
     """Where no backend before it can: the operator is told "triton", and does as on the CPU."""
     monkeypatch.setattr(step_ops.BACKENDS["cpu"], "why_not", lambda *_: ["not wanted here"])
     kernels, g = [], torch.Generator().manual_seed(0)
-    monkeypatch.setattr(steps, "run", lambda kernel, *args, **more: kernels.append(kernel) or launch.run(kernel, *args, **more))
+    monkeypatch.setattr(
+        steps, "run", lambda kernel, *args, **more: kernels.append(kernel) or launch.run(kernel, *args, **more)
+    )
     w, values = torch.randn(23, 19, generator=g), torch.randn(4, 19, generator=g)
     index = torch.tensor([0, 3, 9, 22])
     ends = []
@@ -214,7 +216,9 @@ def test_row_optimizers_take_the_kernel(monkeypatch):
         p = nn.Parameter(w.to(dtype))
         optimizer = fm.optim.RowAdamW([p], lr=0.1)
         for _ in range(2):
-            p.grad = torch.sparse_coo_tensor(index[None], values.to(dtype), p.shape, is_coalesced=True, check_invariants=True)
+            p.grad = torch.sparse_coo_tensor(
+                index[None], values.to(dtype), p.shape, is_coalesced=True, check_invariants=True
+            )
             optimizer.step()
         ends.append(p.detach().double())
     assert kernels == [update.update_rows] * 2  # of the float32 weights; no kernel takes float64
@@ -274,11 +278,9 @@ def test_launches_memory_and_no_waiting(batches, monkeypatch):
     monkeypatch.setattr(gradients, "_CHUNK_CLASSES", (32, 32))
     classes, dim = 320, 20
     w = torch.zeros(classes, dim)
-    vector, empty = lambda n: torch.ones(n), torch.zeros(0)  # noqa: E731
-    calls = [
-        Call(*(vector(n) for _ in range(3)), torch.zeros(n, dim), torch.zeros(n).long(), vector(n), None, None, empty,
-             vector(n), torch.zeros(6, n), empty) for n in batches
-    ]  # fmt: skip
+    empty = torch.zeros(0)
+    of_rows = [(torch.zeros(n, dim), torch.ones(n), torch.zeros(n).long(), torch.zeros(6, n)) for n in batches]
+    calls = [Call(g, g, g, x, labels, g, None, None, empty, g, aux, empty) for x, g, labels, aux in of_rows]
     spec = SweepStep("adamw", backend="triton").spec
     state, update = new_state(UPDATES["adamw"], classes, dim), UPDATES["adamw"]
     with Waiting() as seen, Largest() as largest:
