@@ -22,7 +22,8 @@ from .steps import Step, begin, no_step
 from .tune import tuned
 
 _SCAN = 1024  # rows whose targets are compared at a time
-_FINISH, _FINISH_WARPS = 8192, 16  # elements of a tile of finish_weights
+_FINISH, _FINISH_STEP = 8192, 4096  # numbers in a tile of finish_weights; of a step, which has more of them at once
+_OF_WARP = 512  # of them
 _COEFFICIENTS = 7
 _CHUNK_CLASSES = 4096, 131072  # of a chunk, at least and at most
 
@@ -140,10 +141,11 @@ class _Results(NamedTuple):
     step: Step | None = None  # in the place of d_w
 
 
-def _chunk_classes(p: Plan, tile: Tile) -> int:
-    """So many that G stays in the L2 cache, in whole tiles."""
+def _chunk_classes(p: Plan, tile: Tile, updates: bool) -> int:
+    """So many that G stays in the L2 cache, and what a step reads again at once, the products; in whole tiles."""
     least, most = _CHUNK_CLASSES
-    fits = p.device.chunk_bytes // max(p.batch * p.operand.itemsize, 1)
+    products = 4 * p.spec.sub_centers * p.dim if updates else 0
+    fits = p.device.chunk_bytes // max(p.batch * p.operand.itemsize, products, 1)
     classes = min(max(fits, least), most, p.classes)
     return ceil_div(classes, p.tile_classes(tile)) * p.tile_classes(tile)
 
@@ -169,7 +171,7 @@ def _sweep_chunks(calls: list[_Swept], to: _Results) -> None:
     """
     p = max((call.plan for call in calls), key=lambda p: p.batch)
     tile, centers, of_g, new = p.backward_tile, p.spec.sub_centers, to.to_w or to.o is not None, calls[0].given.new
-    chunk = _chunk_classes(p, tile)
+    chunk = _chunk_classes(p, tile, to.step is not None)
     most = chunk * centers
     in_place = to.step is None and to.d_w.dtype == torch.float32
     buffers = _Buffers(
@@ -213,7 +215,7 @@ def _finish(
     call: _Swept, part: _Chunk, b: _Buffers, products: Tensor, d_w: Tensor, to: _Results, add: bool, tail: Step
 ) -> None:
     p, given, r = call.plan, call.given, call.rows
-    slots = max(p.group, _FINISH // p.width)
+    slots = max(p.group, (_FINISH_STEP if tail.constants["OPTIMIZER"] else _FINISH) // p.width, 1)
     run(
         backward.finish_weights, ceil_div(part.classes, slots // p.group),
         products, given.x, given.w, given.index_pointer, r.inverse_x, r.order, r.sorted_class, r.target_row,
@@ -221,5 +223,6 @@ def _finish(
         part.first + part.classes, *given.w.stride(), step(call.up.g_cos_y), part.first, part.most,
         b.bias_parts.shape[0], *tail.args, HALF=p.half, INDEXED=given.index is not None, CENTERS=p.spec.sub_centers,
         GROUP=p.group, NORMALIZE=p.spec.normalize_w, TO_W=to.to_w, TO_BIAS=to.to_bias, ADD=add, SLOTS=slots,
-        WIDTH=p.width, SCAN=min(_SCAN, power_of_two(p.batch, 16)), num_warps=_FINISH_WARPS, **tail.constants,
+        WIDTH=p.width, SCAN=min(_SCAN, power_of_two(p.batch, 16)), num_warps=min(slots * p.width // _OF_WARP, 16),
+        **tail.constants,
     )  # fmt: skip

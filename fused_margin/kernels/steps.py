@@ -15,7 +15,7 @@ from ..update_rules import State, Update, check_rising
 from . import update as kernels
 from .plan import ceil_div, on, power_of_two, run
 
-_BLOCK, _MOST_COLUMNS = 2048, 1024  # numbers of w in a program of update_rows, and of one row at most
+_BLOCK = 1024  # numbers of w in a program of update_rows
 _NUMBERS = 9  # of `update.advance`
 
 
@@ -78,7 +78,7 @@ def update_rows(w: Tensor, state: State, index: Tensor | None, grad: Tensor, upd
     rows, dim = grad.shape
     if not grad.numel():
         return
-    width = power_of_two(min(dim, _MOST_COLUMNS))
+    width = power_of_two(min(dim, _BLOCK))
     with on(w):
         step = begin(w, state, index, update)
         run(
