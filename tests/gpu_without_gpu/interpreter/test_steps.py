@@ -75,9 +75,14 @@ def test_options(name, options):
     check(name, **options)
 
 
+SEVERAL = [(name, operands) for operands in OPERANDS for name in ("sgd", "momentum", "dampening", "adamw")]
+QUICK = (("sgd", FP32), ("dampening", BF16), ("adamw", FP16))
+
+
 @pytest.mark.usefixtures("chunks")
-@pytest.mark.parametrize("name", ["sgd", "momentum", "dampening", "adamw"])
-@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize(
+    "name, operands", [pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow) for case in SEVERAL]
+)
 def test_several_calls_and_chunks(name, operands):
     """Three calls of different batches, scales and biases; an empty one changes nothing. Chunks of one tile."""
     check(name, operands, batches=(BATCH, 5, 0), bias=True)
@@ -90,7 +95,7 @@ def test_chunks_of_other_layouts(layout):
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("mode", ["fp32", "fp32_as_bf16"])
+@pytest.mark.parametrize("mode", ["fp32", pytest.param("fp32_as_bf16", marks=pytest.mark.slow)])
 def test_training(choice, mode):
     """Heads and optimizers as they are used: three steps of three batches, against torch.optim on the oracle."""
 
@@ -148,10 +153,11 @@ def test_same_bits_twice():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_infinity_reaches_its_rows_alone():
-    """As in plain PyTorch: a row of x whose gradient is not finite spoils the classes that it touches, all here."""
+    """As in plain PyTorch: an upstream gradient of one target's cosine spoils the rows of its class, and no other."""
     case = SweepStep("momentum", backend="triton", batches=(3,))
-    case.sweeps[0].upstream[1, 0] = torch.inf  # by the target's cosine: one class only
+    case.sweeps[0].upstream[1, 0] = torch.inf
     _, w, _ = case.run()
     bad = ~w.isfinite().all(1)
     assert bad.nonzero().flatten().tolist() == [int(case.sweeps[0].labels[0])]
@@ -213,7 +219,7 @@ def test_row_optimizers_take_the_kernel(monkeypatch):
     index = torch.tensor([0, 3, 9, 22])
     ends = []
     for dtype in (FP32, torch.float64):
-        p = nn.Parameter(w.to(dtype))
+        p = nn.Parameter(w.to(dtype, copy=True))
         optimizer = fm.optim.RowAdamW([p], lr=0.1)
         for _ in range(2):
             p.grad = torch.sparse_coo_tensor(
@@ -287,7 +293,6 @@ def test_launches_memory_and_no_waiting(batches, monkeypatch):
         step_ops.take_sweep_step(w, state, None, calls, spec, update)
     of_chunk = ["gradient_kernel", "finish_weights"] * len(batches)
     assert kernels == ["backward_rows", "prologue"] * len(batches) + of_chunk * 10
-    assert [n for n in seen.operators if n not in ("mm", "add_")] == []
-    assert seen.operators.count("mm") == 10 * len(batches)
-    assert seen.operators.count("add_") == 1  # the steps' count
+    operators = [name for name in seen.operators if name != "sweep_step"]
+    assert operators == ["add_", *["mm"] * 10 * len(batches)]  # first the steps are counted
     assert largest.numbers < classes * dim / 4
