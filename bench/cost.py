@@ -98,14 +98,31 @@ def _gradient_kernel(a: dict, grid: int) -> Cost:
     return Cost("gradient_kernel", read, written, flops, a["x"].element_size() == 2, loads)
 
 
+def _state(a: dict, rows: int) -> tuple[float, float]:
+    """Read and written of an optimizer's state of some rows."""
+    moments = 4 * rows * a["D"] * (a["MOMENTUM"] + (a["OPTIMIZER"] == "adamw"))
+    index = 8 * rows if a["INDEXED"] else 0
+    return moments + index + (4 * rows // a["together"] if a["COUNTED"] else 0), moments
+
+
+def _update_rows(a: dict, grid: int) -> Cost:
+    numbers = a["rows"] * a["D"]
+    read, written = _state(a, a["rows"])
+    read += numbers * (a["grad"].element_size() + a["w"].element_size())
+    return Cost("update_rows", read, written + numbers * a["w"].element_size())
+
+
 def _finish_weights(a: dict, grid: int) -> Cost:
     classes = a["classes"] - a["first_class"]
     rows = classes * a["CENTERS"]
     read = written = 0
     if a["TO_W"]:
-        read += rows * a["D"] * 4 + (rows * a["D"] * a["w"].element_size() if a["NORMALIZE"] else 0)
-        read += _size(a["x"]) + 5 * 4 * a["batch"]
-        written += rows * a["D"] * a["d_w"].element_size()
+        updates, numbers = a["OPTIMIZER"] != "", rows * a["D"]
+        read += numbers * 4 + (numbers * a["w"].element_size() if a["NORMALIZE"] or updates else 0)
+        read += _size(a["x"]) + 5 * 4 * a["batch"] + (numbers * 4 if a["ADD"] else 0)
+        written += numbers * (a["w"] if updates else a["d_w"]).element_size()
+        if updates:
+            read, written = read + _state(a, rows)[0], written + _state(a, rows)[1]
     if a["TO_BIAS"]:
         read += a["blocks"] * classes * 4
         written += classes * a["d_bias"].element_size()
@@ -135,6 +152,7 @@ KERNELS: dict[str, Callable[[dict, int], Cost]] = {
     "sweep_kernel": _sweep_kernel,
     "gradient_kernel": _gradient_kernel,
     "finish_weights": _finish_weights,
+    "update_rows": _update_rows,
 }
 
 

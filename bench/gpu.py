@@ -1,8 +1,9 @@
 """On a machine with a GPU: are the GPU backends right there, and how fast? `make gpu`, or `python -m bench.gpu`.
 
-Parity first: every margin in every mode against the float64 oracle of the tests, under their error rule. Then medians
-of fused and plain PyTorch, GB/s and operations/s beside the copy and product rates measured in the same run, and peak
-memory: CSV and picture, with the device's name. `--rehearse` runs all of it at tiny sizes in Triton's interpreter.
+Parity first: every margin in every mode against the float64 oracle of the tests, under their error rule, and the
+optimizers' steps against torch.optim on the dense gradient. Then medians of fused and plain PyTorch, GB/s and
+operations/s beside the copy and product rates measured in the same run, and peak memory: CSV and picture, with the
+device's name; last, training steps with their optimizer. `--rehearse`: all of it, tiny, in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from head_cost import SCALE
 import fused_margin as fm
 from tests import cases as problems
 
-from . import gate
+from . import gate, optim
 from .cases import Case
 from .cost import totals_elsewhere
 from .heads import FUSED_MARGINS, Inputs, Peers, Run, inputs_of
@@ -35,6 +36,8 @@ from .timing import inner_loops, timed
 SHAPES = [(128, 10**5, 512), (512, 10**5, 512), (512, 10**6, 512), (1024, 10**6, 512), (4096, 10**6, 512)]
 REHEARSAL = [(16, 96, 32)]
 PARITY = [(67, 1000, 128), (40, 777, 500), (300, 5000, 512)]  # tails; more than one tile of rows
+STEPS = [(512, 10**5, 512), (512, 10**6, 512)]
+STEP_TOLERANCE = {None: 1e-4, torch.bfloat16: 1e-2}  # a weight that differs by an ulp may round to another operand
 ROUNDS = 20
 
 
@@ -95,6 +98,14 @@ def parity(device: str, rehearse: bool) -> Iterator[tuple[str, list[str]]]:
             got = {name: t.cpu() for name, t in problems.run(there, backend).items()}
             rule.add_all(got, problems.plain(p), problems.exact(p))
         yield f"{backend}, {margin}, {mode}", rule.failures()
+
+
+def step_parity(device: str, rehearse: bool) -> Iterator[tuple[str, list[str]]]:
+    """The same for SweepSGD, SweepAdamW and RowSGD beside torch's operators, after three steps."""
+    for backend, kind, dtype in itertools.product(backends(rehearse).values(), optim.PAIRS, (None, torch.bfloat16)):
+        error, limit = optim.parity(kind, torch.float32, optim.Where(device, backend, dtype)), STEP_TOLERANCE[dtype]
+        wrong = [] if error <= limit else [f"error {error:.1e} exceeds {limit:.0e}"]
+        yield f"{backend}, {optim.PAIRS[kind][0]}, products in {dtype or torch.float32}", wrong
 
 
 def rates(device: str, rehearse: bool) -> tuple[float, dict[str, float]]:
@@ -162,6 +173,25 @@ def measure(case: Case, arch: int | str, copy: float, product: float, rehearse: 
         yield row
 
 
+def measure_steps(backend: str, shape: tuple[int, int, int], device: str, rehearse: bool) -> Iterator[Row]:
+    """A row for each way to take a training step with its optimizer, in bf16 products and float32 weights."""
+    for kind in optim.PAIRS:
+        for place in (0, 2):
+            name, work = optim.PAIRS[kind][place : place + 2]
+            row = Row(*shape, "bf16", f"{name}, {backend}", "ok")
+            try:
+                training = optim.Training(*shape[1:], shape[0], 0.1, at=optim.Where(device, backend, torch.bfloat16))
+                step = partial(work, training)
+                step()  # makes the state
+                row.peak_mb = _peak(step, device)
+                inner = 1 if rehearse else inner_loops(timed(step, device))
+                times = spread([timed(step, device, inner) for _ in range(2 if rehearse else ROUNDS)])
+                row.median_ms, row.p20_ms, row.p80_ms = (t * 1e3 for t in times)
+            except torch.OutOfMemoryError:
+                row.status = "out of memory"
+            yield row
+
+
 def write(path: Path, about: dict[str, str], rows: list[Row]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
@@ -223,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     about = {"device": device_name(device), "torch": torch.__version__, "arch": str(arch_of(device))}
     print(", ".join(f"{name} {value}" for name, value in about.items()), flush=True)
     broken = 0
-    for what, failures in parity(device, args.rehearse):
+    for what, failures in itertools.chain(parity(device, args.rehearse), step_parity(device, args.rehearse)):
         print(f"parity {what}: {'; '.join(failures) or 'ok'}", flush=True)
         broken += bool(failures)
     if broken:
@@ -238,9 +268,14 @@ def main(argv: list[str] | None = None) -> int:
             for row in measure(case, arch_of(device), copy, products[dtype], args.rehearse):
                 print(_line(row), flush=True)
                 rows.append(row)
+    heads = list(rows)  # in the picture
+    for shape, backend in itertools.product(REHEARSAL if args.rehearse else STEPS, backends(args.rehearse).values()):
+        for row in measure_steps(backend, shape, device, args.rehearse):
+            print(_line(row), flush=True)
+            rows.append(row)
     write(args.output, about, rows)
-    if any(row.status == "ok" for row in rows):
-        draw(args.output.with_suffix(".png"), about, rows)
+    if any(row.status == "ok" for row in heads):
+        draw(args.output.with_suffix(".png"), about, heads)
     return int(any(row.status.startswith("red gate") for row in rows))
 
 

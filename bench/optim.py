@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,24 +25,44 @@ from .stats import paired, spread
 from .timing import timed
 
 MOMENTUM = {"lr": 0.1, "momentum": 0.9}
+ADAMW = {"lr": 1e-3, "eps": 1e-6}
+
+
+class Where(NamedTuple):
+    """The device, the backend of the head, and the dtype of its products (None: the weights')."""
+
+    device: str = "cpu"
+    backend: str = "cpu"
+    operands: torch.dtype | None = None
+
+
+ON_CPU = Where()
 
 
 class Training:
-    """One weight with its momentum, and a batch; each method takes a step on them."""
+    """One weight with its optimizer's state, and a batch; each method takes a step on them."""
 
-    def __init__(self, classes: int, dim: int, batch: int, rate: float, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, classes: int, dim: int, batch: int, rate: float, dtype: torch.dtype = torch.float32, at: Where = ON_CPU
+    ) -> None:
         g = torch.Generator().manual_seed(0)
-        self.w = nn.Parameter(torch.empty(classes, dim, dtype=dtype).normal_(std=0.01, generator=g))
+        self.at = at
+        self.w = nn.Parameter(torch.empty(classes, dim, dtype=dtype).normal_(std=0.01, generator=g).to(at.device))
         self.m = torch.zeros_like(self.w)
-        self.x = torch.randn(batch, dim, generator=g, dtype=dtype).requires_grad_()
-        self.labels = torch.randint(classes, (batch,), generator=g)
-        self.rows = torch.randperm(classes, generator=g)[: max(1, int(rate * classes))].sort().values
-        self.values = torch.randn(len(self.rows), dim, generator=g, dtype=dtype)
+        self.adam: dict[str, torch.Tensor] = {}  # AdamW's state but for the steps' count, made where it is wanted
+        self.x = torch.randn(batch, dim, generator=g, dtype=dtype).to(at.device).requires_grad_()
+        self.labels = torch.randint(classes, (batch,), generator=g).to(at.device)
+        self.rows = torch.randperm(classes, generator=g)[: max(1, int(rate * classes))].sort().values.to(at.device)
+        self.values = torch.randn(len(self.rows), dim, generator=g, dtype=dtype).to(at.device)
 
-    def _head(self, optimizer: torch.optim.Optimizer) -> None:
-        optimizer.state[self.w]["momentum_buffer"] = self.m
-        fm.margin_cross_entropy(self.x, self.w, self.labels, fm.ArcFace(0.5), backend="cpu").backward()
+    def _head(self, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor] | None = None) -> None:
+        optimizer.state[self.w].update(state if state is not None else {"momentum_buffer": self.m})
+        fm.margin_cross_entropy(
+            self.x, self.w, self.labels, fm.ArcFace(0.5), backend=self.at.backend, compute_dtype=self.at.operands
+        ).backward()
         optimizer.step()
+        if state is not None:
+            state.update(optimizer.state[self.w])
         optimizer.zero_grad()
         self.x.grad = None
 
@@ -50,6 +71,12 @@ class Training:
 
     def sweep(self) -> None:
         self._head(fm.optim.SweepSGD([self.w], **MOMENTUM))
+
+    def dense_adamw(self) -> None:
+        self._head(torch.optim.AdamW([self.w], foreach=True, **ADAMW), self.adam)
+
+    def sweep_adamw(self) -> None:
+        self._head(fm.optim.SweepAdamW([self.w], **ADAMW), self.adam)
 
     def rows_fused(self) -> None:
         optimizer = fm.optim.RowSGD([self.w], **MOMENTUM)
@@ -69,20 +96,23 @@ class Training:
 
 PAIRS = {  # the method, and what it is compared with
     "step": ("SweepSGD", Training.sweep, "dense gradient + torch.optim.SGD(foreach)", Training.dense),
+    "adamw": (
+        "SweepAdamW", Training.sweep_adamw, "dense gradient + torch.optim.AdamW(foreach)", Training.dense_adamw
+    ),
     "rows": ("RowSGD on sampled rows", Training.rows_fused, "index_select, index_copy, index_add", Training.rows_torch),
-}
+}  # fmt: skip
 
 
-def parity(kind: str) -> float:
-    """The largest difference of the weights after three steps in float64, relative to how far they have gone."""
+def parity(kind: str, dtype: torch.dtype = torch.float64, at: Where = ON_CPU) -> float:
+    """How far the weights are apart after three steps, relative to how far they have gone."""
     ends = []
     for work in (PAIRS[kind][1], PAIRS[kind][3]):
-        training = Training(300, 40, 33, 0.1, torch.float64)
+        training = Training(300, 40, 33, 0.1, dtype, at)
         start = training.w.detach().clone()
         for _ in range(3):
             work(training)
-        ends.append(training.w.detach() - start)
-    return float((ends[0] - ends[1]).abs().max() / ends[1].abs().max())
+        ends.append((training.w.detach() - start).double())
+    return float((ends[0] - ends[1]).norm() / ends[1].norm())
 
 
 def times(training: Training, kind: str, rounds: int) -> tuple[list[float], list[float]]:
@@ -155,7 +185,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--sample-rate", type=float, default=0.1, help="of RowSGD's rows (%(default)s)")
-    parser.add_argument("--only", choices=PAIRS, nargs="+", default=list(PAIRS))
+    parser.add_argument("--only", choices=PAIRS, nargs="+", default=["step", "rows"])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=min(2, torch.get_num_threads()))
     parser.add_argument("--output", type=Path, help="a CSV beside the table")

@@ -20,12 +20,16 @@ from head_cost import MARGIN, SCALE, plain_head
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fused_margin.spec import Need
+from fused_margin.update_rules import Update
+
 from .cost import Cost, Dispatched, of_fused_step
 from .cuda_cost import of_cuda_step
 from .results import FOLDER
 from .table import write_sections
 
 CUDA = "fused, CUDA C++"
+UPDATES = {"SGD": Update("sgd", 0.1, momentum=0.9), "AdamW": Update("adamw", 1e-3)}
 
 
 class Device(NamedTuple):
@@ -137,6 +141,10 @@ def _ms(value: float) -> str:
     return "-" if math.isnan(value) else f"{value * 1e3:.3g} ms"
 
 
+def _title(shape: tuple[int, int, int]) -> str:
+    return f"{shape[0]} x {shape[1]:,} x {shape[2]}"
+
+
 def time_table() -> str:
     head = ["batch x classes x dimension", "device", "floor", *METHODS]
     lines = ["Model, milliseconds a step at data-sheet rates (a lower bound; no GPU has run):", ""]
@@ -145,8 +153,47 @@ def time_table() -> str:
         devices = DEVICES if shape == SHAPES[1] else {"H100": DEVICES["H100"]}
         for name, device in devices.items():
             times = [seconds(costs_of(method, device, shape), device) for method in ("floor", *METHODS)]
-            title = f"{shape[0]} x {shape[1]:,} x {shape[2]}"
-            lines.append(f"| {' | '.join([title, name, *map(_ms, times)])} |")
+            lines.append(f"| {' | '.join([_title(shape), name, *map(_ms, times)])} |")
+    return "\n".join(lines)
+
+
+def _by_torch(kind: str, classes: int, dim: int, fused: bool) -> list[Cost]:
+    """A step of torch.optim on a dense gradient; `fused`: w, gradient and state once each, else by operators."""
+    weight = 4.0 * classes * dim
+    if fused:
+        states = 1 + (kind == "AdamW")
+        return [Cost("update", (2 + states) * weight, (1 + states) * weight)]
+    with FakeTensorMode():
+        w = torch.nn.Parameter(torch.empty(classes, dim))
+        optimizer = torch.optim.SGD([w], lr=0.1, momentum=0.9, foreach=False)
+        for _ in range(2):  # the first one makes the momentum
+            w.grad = torch.empty(classes, dim)
+            with Dispatched() as seen:
+                optimizer.step()
+    return seen.costs
+
+
+@cache
+def trainings(arch: int | str, batch: int, classes: int, dim: int) -> dict[str, list[Cost]]:
+    """The fused head with its optimizer's step, by what takes it."""
+    dense = fused(arch, batch, classes, dim)
+    found = {"dense dW, `torch.optim.SGD(foreach=True)`": dense + _by_torch("SGD", classes, dim, False)}
+    for kind, update in UPDATES.items():
+        found[f"dense dW, `torch.optim.{kind}(fused=True)`"] = dense + _by_torch(kind, classes, dim, True)
+        found[f"`Sweep{kind}`"] = of_fused_step(arch, batch, classes, dim, need=Need.X, update=update)
+    return found
+
+
+def step_table() -> str:
+    """A training step with the optimizer's, Triton, float32 weights."""
+    rows = [(shape, name) for shape in SHAPES for name in (DEVICES if shape == SHAPES[1] else ("H100",))]
+    by_row = [trainings(DEVICES[name].arch, *shape) for shape, name in rows]
+    head = ["batch x classes x dimension", "device", *by_row[0]]
+    lines = ["Model, milliseconds a step with the optimizer's, bf16 products (a lower bound; no GPU has run):", ""]
+    lines += [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
+    for (shape, name), found in zip(rows, by_row, strict=True):
+        cells = [_ms(seconds(costs, DEVICES[name])) for costs in found.values()]
+        lines.append(f"| {' | '.join([_title(shape), name, *cells])} |")
     return "\n".join(lines)
 
 
@@ -157,7 +204,7 @@ def launch_table(shape: tuple[int, int, int] = SHAPES[1], name: str = "H100") ->
     for backend, method in (("Triton", "fused"), ("CUDA C++", CUDA)):
         for cost in costs_of(method, device, shape):
             groups.setdefault((backend, cost.name), []).append(cost)
-    title = f"{shape[0]} x {shape[1]:,} x {shape[2]}, {name}, bf16 products, fp32 weights"
+    title = f"{_title(shape)}, {name}, bf16 products, fp32 weights"
     lines = [f"Model of one step by kernel, {title}:", ""]
     lines += [
         "| backend | kernel | launches | read | written | operations | loaded by programs (L2) | model time |",
@@ -245,7 +292,7 @@ def draw(path: Path) -> None:
     plt.close(figure)
 
 
-SECTIONS = {"times": time_table, "kernels": launch_table, "devices": sources}
+SECTIONS = {"times": time_table, "steps": step_table, "kernels": launch_table, "devices": sources}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -8,14 +8,14 @@ multiplication by a number, zero_grad), and says what to do where somebody wants
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .rules import RULES
-from .spec import Spec, Want
+from .spec import Spec
 
 _optimizers: list[weakref.ref] = []  # of live sweep optimizers
 
@@ -71,6 +71,11 @@ class Call(NamedTuple):
     kept: Tensor  # products of the forward, or none
 
 
+def calls_of(lists: Sequence[list[Tensor]]) -> list[Call]:
+    """From a list for each field, as an operator takes them: without a tensor where the calls have none."""
+    return [Call(*(field[k] if field else None for field in lists)) for k in range(len(lists[0]))]
+
+
 class RowData(NamedTuple):
     """A call with its spec, the rows of w that it read, and the parameter in the state it was in."""
 
@@ -100,12 +105,14 @@ class RowData(NamedTuple):
 
 
 def gradient(w: Tensor, parameter: Tensor, call: Call, index: Tensor | None, spec: Spec) -> DeferredGradient:
-    """Of one backward. What is kept is cloned: until the step, the caller may do as he likes with his tensors."""
+    """Of one backward. What is kept is cloned: until the step, the caller may do as he likes with his tensors.
+
+    The spec stays as it is: on a GPU what the forward was asked for decides tiles, and with them the bits of a cosine.
+    """
     if not RULES[spec.rule].needs_tau:
         call = call._replace(tau=None)  # sweep_loss gives one in any case
     mine = Call(*(None if t is None else t.detach().clone() for t in call[:-1]), call.kept)
     index = None if index is None else index.clone()
-    spec = spec._replace(want=int(Want.NONE))  # what else the forward gave makes no difference now
     return DeferredGradient(w, [RowData(mine, index, spec, w.detach(), parameter, parameter._version)])
 
 

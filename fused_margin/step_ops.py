@@ -4,7 +4,7 @@ update_rows(w, state, index, grad, update)    a step on the rows `index` (all, w
 sweep_step(w, state, index, calls, update)    the same with the gradient of calls of the sweep, which is never whole:
                                               each tile's is made and used up before the next
 
-A backend without `sweep_step` makes the gradient in memory.
+A backend without `sweep_step` makes the gradient in memory; without `update_rows`, plain PyTorch takes the step.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401 (defines the library that this is a part of)
 from .backends import BACKENDS
-from .deferred import Call
+from .deferred import Call, calls_of
 from .spec import SPEC_SCHEMA, Need, Spec
 from .update_rules import UPDATE_SCHEMA, State, Update, update_rows
 
@@ -31,10 +31,13 @@ _library.define(f"sweep_step({_STATE}, {_CALLS}, {SPEC_SCHEMA}, {UPDATE_SCHEMA})
 
 
 def take_step(w: Tensor, state: State, index: Tensor | None, grad: Tensor, update: Update) -> None:
-    """See `update_rows` above; on the CPU in one pass."""
+    """See `update_rows` above; in one pass where a backend has it and the state is contiguous."""
     tensors = (w, *(t for t in state if t is not None))
-    fused = all(t.is_contiguous() for t in tensors[1:]) and not BACKENDS["cpu"].why_not(grad, w, Spec())
-    torch.ops.fused_margin.update_rows(w, *state, index, grad, *update, "cpu" if fused else "reference")
+    able = (name for name, b in BACKENDS.items() if hasattr(b, "update_rows") and not b.why_not(grad, w, Spec()))
+    fused = all(t.is_contiguous() for t in tensors[1:])
+    torch.ops.fused_margin.update_rows(
+        w, *state, index, grad, *update, next(able, "reference") if fused else "reference"
+    )
     torch.autograd.graph.increment_version(tensors)
 
 
@@ -75,10 +78,8 @@ def _run_sweep_step(w, m, v, step, index, *rest):
     if fused is not None and all(t is None or t.is_contiguous() for t in state):
         fused(w, state, index, lists, spec, update)
         return
-    count = len(lists[0])
-    calls = [Call(*(field[k] if field else None for field in lists)) for k in range(count)]
     wide = w if w.dtype == torch.float64 else w.float()  # so that the gradient is not rounded to 16 bit
-    update_rows(w, state, index, gradient(wide, index, calls, spec), update)
+    update_rows(w, state, index, gradient(wide, index, calls_of(lists), spec), update)
 
 
 _library.impl("update_rows", _run_update_rows, "CompositeExplicitAutograd")

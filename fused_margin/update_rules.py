@@ -3,7 +3,7 @@
 sgd    g += decay w    m = momentum m + (1 - dampening) g    w -= lr (nesterov ? g + momentum m : m)
 adamw  w -= lr decay w    m += (1 - beta1) (g - m)    v = beta2 v + (1 - beta2) g^2
        w -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)        t: the steps that the row has seen
-csrc/cpu/update.h has the same for the CPU; a test holds the two together.
+csrc/cpu/update.h has the same for the CPU, kernels/update.py for a GPU; tests hold them together.
 """
 
 from __future__ import annotations
@@ -45,13 +45,18 @@ class State(NamedTuple):
     step: Tensor | None = None  # [R / k] float32: steps that k consecutive rows have seen
 
 
+def check_rising(index: Tensor | None) -> None:
+    """Raises for rows that do not rise, where a look at them makes nobody wait."""
+    if index is not None and index.device.type == "cpu" and not (index[1:] > index[:-1]).all():
+        raise RuntimeError("rows to update must rise: one that comes twice would be updated once")
+
+
 def update_rows(w: Tensor, state: State, index: Tensor | None, grad: Tensor, update: Update) -> None:
     """One step on the rows `index` of w (None: all) in plain PyTorch, with temporaries of a bounded size.
 
     grad: [rows, D], of any float dtype; index must not repeat a row.
     """
-    if index is not None and index.device.type == "cpu" and not (index[1:] > index[:-1]).all():
-        raise RuntimeError("rows to update must rise: one that comes twice would be updated once")
+    check_rising(index)
     count = w.shape[0] if index is None else index.shape[0]
     share = 1 if state.step is None else w.shape[0] // max(1, state.step.shape[0])
     size = max(1, _CHUNK // max(1, w.shape[1]) // share) * share
@@ -85,7 +90,7 @@ def _update_chunk(w: Tensor, state: State, rows: slice | Tensor, share: int, gra
 def _sgd(w: Tensor, g: Tensor, m: Tensor | None, t: Tensor | None, u: Update) -> tuple[Tensor, Tensor | None]:
     g = g + u.weight_decay * w
     if m is not None:
-        own = 1 - u.dampening if t is None else torch.where(t == 1, g.new_ones(()), g.new_tensor(1 - u.dampening))
+        own = 1 - u.dampening if t is None else torch.where(t == 1, g.new_ones(()), g.new_full((), 1 - u.dampening))
         m = u.momentum * m + own * g
         g = g + u.momentum * m if u.nesterov else m
     return w - u.lr * g, m

@@ -3,6 +3,7 @@
 from .mutant_losses import LOSS_MUTANTS
 from .mutant_record import Mutant as Mutant
 from .mutant_record import in_file as _in
+from .mutant_steps import TRITON_STEP_MUTANTS
 
 MUTANTS = [
     *LOSS_MUTANTS,
@@ -385,7 +386,7 @@ TRITON_MUTANTS = [
     ),
     *_in(
         "fused_margin/kernels/backward.py",
-        ("triton_w_projection_lost", "h = (h - along[:, None] * b_w)", "h = (h - 0 * b_w)"),
+        ("triton_w_projection_lost", "h = (h - along[:, None] * w_hat)", "h = (h - 0 * w_hat)"),
         ("triton_next_tile_targets", "(y < low + CLASSES)", "(y < low + CLASSES - 1)"),
         ("triton_half_unit_lost", "h *= tl.load(unit) / HALF_UNIT", "h *= tl.load(unit)"),
         ("triton_last_row_block", "mask=(i < batch)[:, None] & valid[None, :]", "mask=valid[None, :]"),
@@ -401,4 +402,5 @@ TRITON_MUTANTS = [
         "fused_margin/kernels/gradients.py",
         ("triton_chunks_overwrite_dx", "to.o, add=first > 0)", "to.o, add=False)"),
     ),
+    *TRITON_STEP_MUTANTS,
 ]  # fmt: skip

@@ -57,6 +57,7 @@ TESTS = [
 SELECTION = [*(f"tests/test_{name}.py" for name in TESTS), "-k", "not inductor"]
 _INTERPRETED = "tests/gpu_without_gpu/interpreter/test_sweep"
 TRITON_SELECTION = [f"{_INTERPRETED}_{name}.py" for name in ("formulas", "edges", "numbers")]
+TRITON_SELECTION += ["tests/gpu_without_gpu/interpreter/test_steps.py"]
 DISTRIBUTED = [f"tests/distributed/test_{name}.py" for name in ("sharded", "sampling", "collectives", "checkpoints")]
 DISTRIBUTED += ["tests/distributed/test_optimizers.py", "tests/distributed/test_processes.py"]
 IGNORED = shutil.ignore_patterns(".git", ".venv", "build", "__pycache__", ".*_cache", "*.egg-info")

@@ -11,6 +11,7 @@ from torch import nn
 import fused_margin as fm
 from fused_margin import deferred
 from fused_margin.optim import DeferredGradient
+from fused_margin.spec import Want
 
 from .cases import spread
 from .test_sweep_optim import SGD, batch, head, twins
@@ -26,6 +27,19 @@ def test_calls_that_are_not_alike():
     (h(*batch()) + second(*batch())).backward()
     with pytest.raises(RuntimeError, match=r"must be alike .* different rule \w+ and \w+\. Call step\(\) after each"):
         optimizer.step()
+
+
+def test_what_the_forward_was_asked_for(backend):
+    """It is kept, as it decides tiles on a GPU, and makes no calls unlike."""
+    h = head(backend=backend)
+    optimizer = fm.optim.SweepSGD([h.weight], lr=0.1)
+    x, labels = batch()
+    h(x, labels).backward()
+    h(x.requires_grad_(), labels, return_stats=True)[0].backward()
+    wants = [Want(c.spec.want) for c in h.weight.grad.calls]
+    assert not wants[0] & Want.DX
+    assert wants[1] & Want.DX
+    optimizer.step()
 
 
 def test_grad_scaler(backend):

@@ -11,7 +11,9 @@ import os
 import torch
 from torch import Tensor
 
+from ..deferred import calls_of
 from ..spec import Spec
+from ..update_rules import State, Update
 from . import gpu
 from .reference import check_labels
 
@@ -73,3 +75,15 @@ def sweep_backward(*args) -> tuple[Tensor, ...]:
     from ..kernels import gradients
 
     return gradients.sweep_backward(*args)
+
+
+def update_rows(w: Tensor, state: State, index: Tensor | None, grad: Tensor, update: Update) -> None:
+    from ..kernels import steps
+
+    steps.update_rows(w, state, index, grad, update)
+
+
+def sweep_step(w: Tensor, state: State, index: Tensor | None, lists, spec: Spec, update: Update) -> None:
+    from ..kernels import gradients
+
+    gradients.sweep_step(w, state, index, calls_of(lists), spec, update)

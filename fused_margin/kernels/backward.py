@@ -4,7 +4,8 @@
     dW_j  = (h_j - (h_j . w_hat_j) w_hat_j) / |w_j|
     h_j   = sum_i G_ij f_i x_hat_i + sum_{i: y_i = j} g_cos_y_i x_hat_i
 
-The sum over i is a library product. The targets' share is added in the order of the rows, without atomics.
+The sum over i is a library product. The targets' share is added in the order of the rows, without atomics. The gradient
+is stored, or an optimizer's step uses it up (update.py).
 """
 
 import triton
@@ -12,6 +13,7 @@ import triton.language as tl
 
 from .rival import exponent, rival, softplus
 from .tile import EPS, HALF_UNIT, clamp, cosines, inverse_norm, rivals, tile_rows
+from .update import update_block
 
 
 @triton.jit(do_not_specialize=["batch", "classes", "first_tile"])
@@ -142,6 +144,19 @@ def finish_weights(
     first_class,
     chunk,
     blocks,
+    m,
+    v,
+    step,
+    together,
+    lr,
+    decay,
+    keep,
+    own,
+    keep_square,
+    own_square,
+    log_keep,
+    log_keep_square,
+    eps,
     HALF: tl.constexpr,
     INDEXED: tl.constexpr,
     CENTERS: tl.constexpr,
@@ -149,11 +164,19 @@ def finish_weights(
     NORMALIZE: tl.constexpr,
     TO_W: tl.constexpr,
     TO_BIAS: tl.constexpr,
+    ADD: tl.constexpr,
+    OPTIMIZER: tl.constexpr,
+    MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    COUNTED: tl.constexpr,
     SLOTS: tl.constexpr,
     WIDTH: tl.constexpr,
     SCAN: tl.constexpr,
 ):
-    """`products` [rows of the chunk, D] = sum_i G_ij f_i x_hat_i in units of `unit`; d_w starts at the chunk's rows."""
+    """`products` [rows of the chunk, D] = sum_i G_ij f_i x_hat_i in units of `unit`; d_w starts at the chunk's rows.
+
+    ADD: d_w holds the gradients of other calls. OPTIMIZER: not stored there, but used up on w and its state.
+    """
     CLASSES: tl.constexpr = SLOTS // GROUP
     low = first_class + tl.program_id(0) * CLASSES
     _, j_row, j_source, valid = tile_rows(0, classes - low, index, SLOTS, CENTERS, GROUP, False)
@@ -188,12 +211,23 @@ def finish_weights(
             share = tl.load(g_cos_y + row * g_step).to(tl.float32) * x_hat
             hit = (low * CENTERS + j_row == tl.load(target_row + row)) & valid
             h += tl.where(hit[:, None], share[None, :], 0.0)
+        w_at = w + j_source[:, None] * w_row + d[None, :] * w_col
+        if NORMALIZE or OPTIMIZER != "":
+            b_w = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
         if NORMALIZE:
-            at = w + j_source[:, None] * w_row + d[None, :] * w_col
-            b_w = tl.load(at, mask=mask, other=0.0).to(tl.float32)
             square = tl.sum(b_w * b_w, 1)
             inverse = inverse_norm(square)
-            b_w *= inverse[:, None]
-            along = tl.where(tl.sqrt_rn(square) < EPS, 0.0, tl.sum(h * b_w, 1))  # a clamped norm is a constant
-            h = (h - along[:, None] * b_w) * inverse[:, None]
-        tl.store(d_w + j_local.to(tl.int64)[:, None] * D + d[None, :], h.to(d_w.dtype.element_ty), mask=mask)
+            w_hat = b_w * inverse[:, None]
+            along = tl.where(tl.sqrt_rn(square) < EPS, 0.0, tl.sum(h * w_hat, 1))  # a clamped norm is a constant
+            h = (h - along[:, None] * w_hat) * inverse[:, None]
+        d_w_at = d_w + j_local.to(tl.int64)[:, None] * D + d[None, :]
+        if ADD:
+            h += tl.load(d_w_at, mask=mask, other=0.0)
+        if OPTIMIZER != "":
+            update_block(
+                w_at, b_w, h, m, v, step, j_source, d, mask, D, together,
+                lr, decay, keep, own, keep_square, own_square, log_keep, log_keep_square, eps,
+                OPTIMIZER, MOMENTUM, NESTEROV, COUNTED,
+            )  # fmt: skip
+        else:
+            tl.store(d_w_at, h.to(d_w.dtype.element_ty), mask=mask)

@@ -38,7 +38,7 @@ class Device(NamedTuple):
     programs: (
         int  # at one time, which sets the number of splits; a constant, so that equal architectures get equal bits
     )
-    chunk_bytes: int  # of G, so that it stays in the L2 cache beside the rows of w
+    chunk_bytes: int  # of G, and of a step's products, so that they stay in the L2 cache beside the rows of w
     ranged_depth: int = 0  # in place of half's, if not 0, for fp16 operands made of wider weights: see tile.cosines
 
 

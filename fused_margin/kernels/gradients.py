@@ -1,21 +1,29 @@
-"""The backward: two launches on rows, then a chunk of classes at a time at most four, then dX."""
+"""The backward: two launches on rows, then a chunk of classes at a time at most four, then dX.
+
+An optimizer's step: the same for each call of the sweep, but that the end of the last call's dW updates the weights.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..deferred import Call
 from ..spec import Aux, Need, Spec
+from ..update_rules import State, Update
 from . import backward, row_gradients
 from .configs import Tile
-from .launch import prologue
+from .launch import Operands, prologue
 from .plan import Inputs, Plan, ceil_div, multiply, on, plan, power_of_two, row_constants, run, step, sweep_constants
+from .steps import Step, begin, no_step
 from .tune import tuned
 
 _SCAN = 1024  # rows whose targets are compared at a time
-_FINISH, _FINISH_WARPS = 8192, 16  # elements of a tile of finish_weights
+_FINISH, _FINISH_STEP = 8192, 4096  # numbers in a tile of finish_weights; of a step, which has more of them at once
+_OF_WARP = 512  # of them
 _COEFFICIENTS = 7
 _CHUNK_CLASSES = 4096, 131072  # of a chunk, at least and at most
 
@@ -83,7 +91,8 @@ def _backward(p: Plan, given: Inputs, up: _Upstream, need: Need) -> tuple[Tensor
     if o is not None and not p.classes:
         o.zero_()
     if p.classes and (need & (Need.W | Need.BIAS) or o is not None):
-        _sweep_chunks(p, given, r, up, _Results(d_w, d_bias, o, bool(need & Need.W), bool(need & Need.BIAS)))
+        results = _Results(d_w, d_bias, o, bool(need & Need.W), bool(need & Need.BIAS))
+        _sweep_chunks([_Swept(p, given, up, r, prologue(p, padded, given, cosine=False)[1])], results)
     if need & Need.X:
         run(
             row_gradients.finish_x, ceil_div(p.batch, p.rows),
@@ -94,6 +103,33 @@ def _backward(p: Plan, given: Inputs, up: _Upstream, need: Need) -> tuple[Tensor
     return d_x, d_w, d_scale, d_bias
 
 
+def sweep_step(
+    w: Tensor, state: State, index: Tensor | None, calls: Sequence[Call], spec: Spec, update: Update
+) -> None:
+    """A step on the rows `index` of w with the gradient of all calls. Tiles are not tuned: to time is to update."""
+    with on(w):
+        swept = []
+        for c in calls:
+            given = Inputs(c.x, w, c.labels, c.scale, c.tau, c.bias, index, c.rule_args)
+            p, up = plan(given, spec), _Upstream(*c[:3], c.red, c.aux, given.new(0))
+            padded = p.padded(p.backward_tile)
+            r = _rows(p, padded, given, up, given.new(0), False)  # which reads targets' rows: before any is updated
+            swept.append(_Swept(p, given, up, r, prologue(p, padded, given, cosine=False)[1]))
+        if swept[0].plan.classes:
+            nothing = swept[0].given.new(0)
+            _sweep_chunks(swept, _Results(nothing, nothing, None, True, False, begin(w, state, index, update)))
+
+
+class _Swept(NamedTuple):
+    """One call of the sweep, ready for its chunks."""
+
+    plan: Plan
+    given: Inputs
+    up: _Upstream
+    rows: _RowGradients
+    operands: Operands
+
+
 class _Results(NamedTuple):
     """What the chunks are swept for."""
 
@@ -102,12 +138,14 @@ class _Results(NamedTuple):
     o: Tensor | None  # [B, D] sum_j G_ij w_hat_j
     to_w: bool
     to_bias: bool
+    step: Step | None = None  # in the place of d_w
 
 
-def _chunk_classes(p: Plan, tile: Tile) -> int:
-    """So many that G stays in the L2 cache, in whole tiles."""
+def _chunk_classes(p: Plan, tile: Tile, updates: bool) -> int:
+    """So many that G stays in the L2 cache, and what a step reads again at once, the products; in whole tiles."""
     least, most = _CHUNK_CLASSES
-    fits = p.device.chunk_bytes // max(p.batch * p.operand.itemsize, 1)
+    products = 4 * p.spec.sub_centers * p.dim if updates else 0
+    fits = p.device.chunk_bytes // max(p.batch * p.operand.itemsize, products, 1)
     classes = min(max(fits, least), most, p.classes)
     return ceil_div(classes, p.tile_classes(tile)) * p.tile_classes(tile)
 
@@ -123,56 +161,68 @@ class _Buffers(NamedTuple):
     w_hat: Tensor  # [rows of a chunk, D] in the operands' dtype
     bias_parts: Tensor  # [blocks of rows of x, classes of a chunk]
     products: Tensor  # [rows of a chunk, D] float32, unless d_w can hold them
+    total: Tensor  # the same, for the gradient of all calls but the last of a step
 
 
-def _sweep_chunks(p: Plan, given: Inputs, r: _RowGradients, up: _Upstream, to: _Results) -> None:
-    """G of a chunk of classes at a time, and the products with it; o is added up over the chunks in their order."""
-    tile = p.backward_tile
-    padded, centers, of_g = p.padded(tile), p.spec.sub_centers, to.to_w or to.o is not None
-    operands = prologue(p, padded, given, cosine=False)[1]
-    chunk = _chunk_classes(p, tile)
+def _sweep_chunks(calls: list[_Swept], to: _Results) -> None:
+    """G of a chunk of classes at a time, and the products with it; o is added up over the chunks in their order.
+
+    Several calls only for a step: of each chunk their gradients are added up in their order, and used up by the last.
+    """
+    p = max((call.plan for call in calls), key=lambda p: p.batch)
+    tile, centers, of_g, new = p.backward_tile, p.spec.sub_centers, to.to_w or to.o is not None, calls[0].given.new
+    chunk = _chunk_classes(p, tile, to.step is not None)
     most = chunk * centers
-    in_place = to.d_w.dtype == torch.float32
+    in_place = to.step is None and to.d_w.dtype == torch.float32
     buffers = _Buffers(
-        given.new(p.batch, most if of_g else 0, dtype=p.operand),
-        given.new(most if to.o is not None else 0, p.dim, dtype=p.operand),
-        given.new(padded // tile.rows, chunk if to.to_bias else 0),
-        given.new(0 if in_place or not to.to_w else most, p.dim),
+        new(p.batch, most if of_g else 0, dtype=p.operand),
+        new(most if to.o is not None else 0, p.dim, dtype=p.operand),
+        new(p.padded(tile) // tile.rows, chunk if to.to_bias else 0),
+        new(0 if in_place or not to.to_w else most, p.dim),
+        new(most if len(calls) > 1 else 0, p.dim),
     )
     for first in range(0, p.classes, chunk):
         part = _Chunk(first, min(chunk, p.classes - first), most)
         n, start = part.classes * centers, first * centers
-        _gradient(p, tile, given, operands, r, part, buffers, to)
-        here = to.d_w[start : start + n] if to.to_w else to.d_w
+        here = to.d_w[start : start + n] if to.step is None and to.to_w else buffers.total[:n]
         products = here if in_place else buffers.products[:n]
-        if to.to_w:
-            multiply(buffers.gradient[:, :n].t(), r.operand[: p.batch, : p.dim], products, add=False)
-        if to.o is not None:
-            multiply(buffers.gradient[:, :n], buffers.w_hat[:n], to.o, add=first > 0)
-        if to.to_w or to.to_bias:
-            _finish(p, given, r, up, part, buffers, products, here, to)
+        for number, call in enumerate(calls):
+            g = buffers.gradient[: call.plan.batch, :n]
+            _gradient(call, tile, part, buffers, to)
+            if to.to_w:
+                multiply(g.t(), call.rows.operand[: call.plan.batch, : p.dim], products, add=False)
+            if to.o is not None:
+                multiply(g, buffers.w_hat[:n], to.o, add=first > 0)
+            if to.to_w or to.to_bias:
+                last = to.step is not None and call is calls[-1]
+                _finish(call, part, buffers, products, here, to, number > 0, to.step if last else no_step(products))
 
 
-def _gradient(p: Plan, tile: Tile, given: Inputs, operands, r: _RowGradients, part: _Chunk, b: _Buffers, to: _Results):
+def _gradient(call: _Swept, tile: Tile, part: _Chunk, b: _Buffers, to: _Results) -> None:
+    p, given, operands = call.plan, call.given, call.operands
     padded = p.padded(tile)
     run(
         backward.gradient_kernel, ceil_div(part.classes, p.tile_classes(tile)) * (padded // tile.rows),
         operands.x_hat, given.w, given.index_pointer, given.or_any(given.bias), given.rule_args, operands.target,
-        operands.constants, r.coefficients, b.gradient, b.w_hat, b.bias_parts, p.batch, padded, p.dim, p.operand_row,
-        p.classes, *given.w.stride(), step(given.bias), part.first // p.tile_classes(tile), part.most,
+        operands.constants, call.rows.coefficients, b.gradient, b.w_hat, b.bias_parts, p.batch, padded, p.dim,
+        p.operand_row, p.classes, *given.w.stride(), step(given.bias), part.first // p.tile_classes(tile), part.most,
         TO_GRADIENT=to.to_w or to.o is not None, TO_W_HAT=to.o is not None, TO_BIAS=to.to_bias,
         **sweep_constants(p, tile, given),
     )  # fmt: skip
 
 
-def _finish(p: Plan, given: Inputs, r, up: _Upstream, part: _Chunk, b: _Buffers, products, d_w, to: _Results) -> None:
-    slots = max(p.group, _FINISH // p.width)
+def _finish(
+    call: _Swept, part: _Chunk, b: _Buffers, products: Tensor, d_w: Tensor, to: _Results, add: bool, tail: Step
+) -> None:
+    p, given, r = call.plan, call.given, call.rows
+    slots = max(p.group, (_FINISH_STEP if tail.constants["OPTIMIZER"] else _FINISH) // p.width, 1)
     run(
         backward.finish_weights, ceil_div(part.classes, slots // p.group),
-        products, given.x, given.w, given.index_pointer, r.inverse_x, r.order, r.sorted_class, r.target_row, up.g_cos_y,
-        r.unit, b.bias_parts, d_w, to.d_bias, p.batch, p.dim, *given.x.stride(), part.first + part.classes,
-        *given.w.stride(), step(up.g_cos_y), part.first, part.most, b.bias_parts.shape[0], HALF=p.half,
-        INDEXED=given.index is not None, CENTERS=p.spec.sub_centers, GROUP=p.group, NORMALIZE=p.spec.normalize_w,
-        TO_W=to.to_w, TO_BIAS=to.to_bias, SLOTS=slots, WIDTH=p.width,
-        SCAN=min(_SCAN, power_of_two(p.batch, 16)), num_warps=_FINISH_WARPS,
+        products, given.x, given.w, given.index_pointer, r.inverse_x, r.order, r.sorted_class, r.target_row,
+        call.up.g_cos_y, r.unit, b.bias_parts, d_w, to.d_bias, p.batch, p.dim, *given.x.stride(),
+        part.first + part.classes, *given.w.stride(), step(call.up.g_cos_y), part.first, part.most,
+        b.bias_parts.shape[0], *tail.args, HALF=p.half, INDEXED=given.index is not None, CENTERS=p.spec.sub_centers,
+        GROUP=p.group, NORMALIZE=p.spec.normalize_w, TO_W=to.to_w, TO_BIAS=to.to_bias, ADD=add, SLOTS=slots,
+        WIDTH=p.width, SCAN=min(_SCAN, power_of_two(p.batch, 16)), num_warps=min(slots * p.width // _OF_WARP, 16),
+        **tail.constants,
     )  # fmt: skip

@@ -25,7 +25,7 @@ def saves_o(x: Tensor, spec: Spec) -> bool:
     return plan(Inputs(x, x, x), spec).flash
 
 
-class _Operands(NamedTuple):
+class Operands(NamedTuple):
     """What the sweeping kernels read of x."""
 
     x_hat: Tensor  # [padded, operand_row] of the operands' dtype
@@ -33,10 +33,10 @@ class _Operands(NamedTuple):
     constants: Tensor  # [4, padded]: scale * log2(e) in two parts, tau, scale
 
 
-def prologue(p: Plan, padded: int, given: Inputs, threshold=_NO_FORM, cosine: bool = True) -> tuple[Tensor, _Operands]:
+def prologue(p: Plan, padded: int, given: Inputs, threshold=_NO_FORM, cosine: bool = True) -> tuple[Tensor, Operands]:
     """The targets' cosines, and for `padded` > 0 what the sweep needs; `threshold`: tau is this form of the cosine."""
     x, w = given.x, given.w
-    operands = _Operands(
+    operands = Operands(
         given.new(padded, p.operand_row, dtype=p.operand),
         given.new(padded, dtype=torch.int32),
         given.new(4, padded),

@@ -8,13 +8,15 @@ from typing import NamedTuple
 import torch
 
 from fused_margin.spec import Need, Want
+from fused_margin.update_rules import Update
 
 from . import fake_driver
-from .steps import shaped_step
+from .steps import shaped_rows, shaped_step
 
 ARCHES = (80, 90, 100, 120, "gfx942")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SWEEPING = ("sweep_kernel", "gradient_kernel")  # the O(B C D) kernels
+UPDATING = ("finish_weights", "update_rows")  # of an optimizer's step
 
 
 class Step(NamedTuple):
@@ -40,6 +42,17 @@ STEPS = (
         },
     ),
 )  # fmt: skip
+
+
+MOMENTUM, ADAMW = Update("sgd", 0.1, weight_decay=5e-4, momentum=0.9), Update("adamw", 1e-3, weight_decay=0.1)
+UPDATES = (
+    Step("SweepSGD", {**SHAPE, "dtype": BF16, "need": 0, "update": MOMENTUM}),
+    Step("SweepAdamW", {**SHAPE, "dtype": BF16, "need": 0, "update": ADAMW}),
+    Step("SweepAdamW, w bf16", {**SHAPE, "dtype": BF16, "weight_dtype": BF16, "need": 0, "update": ADAMW}),
+    Step("SweepAdamW, D=8192", {**SHAPE, "classes": 10**5, "dim": 8192, "dtype": BF16, "need": 0, "update": ADAMW}),
+    Step("RowSGD", {"rows": 10**5, "classes": 10**6, "dim": 512, "update": MOMENTUM}),
+    Step("RowAdamW, w bf16", {"rows": 10**5, "classes": 10**6, "dim": 512, "update": ADAMW, "weight_dtype": BF16}),
+)
 
 
 class Row(NamedTuple):
@@ -70,7 +83,7 @@ def tile_of(launch):
 def rows_of(step, arch, only=None):
     """Compile each kernel of the step once."""
     with fake_driver.recorded(arch) as launches:
-        shaped_step(**step.options)
+        (shaped_rows if "rows" in step.options else shaped_step)(**step.options)
     seen = set()
     for launch in launches:
         key = launch.name, str([(n, v) for n, v in launch.args.items() if n.isupper()])

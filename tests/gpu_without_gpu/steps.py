@@ -10,11 +10,14 @@ import torch
 import triton
 
 from fused_margin.backends import triton as backend
+from fused_margin.deferred import Call
 from fused_margin.kernels import configs, gradients, launch
+from fused_margin.kernels import steps as updates
 from fused_margin.margins import ArcFace
 from fused_margin.margins.forms import forms_of
 from fused_margin.rules import RULES
 from fused_margin.spec import Need, Spec, Want
+from fused_margin.update_rules import State, Update
 
 from . import ptx
 from .fake_driver import FakeDriver
@@ -25,6 +28,26 @@ def tiny(rows=32, slots=64, depth=32, flash_width=0, precision="ieee"):
     tile = configs.Tile(rows, slots, warps=4, stages=2)
     cut = configs.Cut(tile, tile, tile, depth, flash_width)
     return configs.Device(cut, cut, precision, programs=4, chunk_bytes=2**20)
+
+
+def _new(*shape, dtype=torch.float32):
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def _state(update: Update, rows: int, dim: int) -> State:
+    adam = update.optimizer == "adamw"
+    return State(
+        _new(rows, dim) if adam or update.momentum else None,
+        _new(rows, dim) if adam else None,
+        _new(rows) if adam or update.dampening else None,
+    )
+
+
+def shaped_rows(rows, classes, dim, update, dtype=torch.float32, weight_dtype=torch.float32):
+    """The step on `rows` of the class weights whose gradients are in memory, on meta tensors."""
+    index = None if rows == classes else _new(rows, dtype=torch.int64)
+    w, grad = _new(classes, dim, dtype=weight_dtype), _new(rows, dim, dtype=dtype)
+    updates.update_rows(w, _state(update, classes, dim), index, grad, update)
 
 
 @contextlib.contextmanager
@@ -52,12 +75,10 @@ def shaped_step(
     bias=False,
     want=Want.DX,
     need=Need.X | Need.W,
+    update=None,
 ):
-    """Forward and backward of the sweep on meta tensors: only the launch code runs."""
-
-    def new(*shape, dtype=torch.float32):
-        return torch.empty(*shape, dtype=dtype, device="meta")
-
+    """Forward and backward of the sweep on meta tensors: only the launch code runs. With an update, its step too."""
+    new = _new
     x, w = new(batch, dim, dtype=dtype), new(classes * sub_centers, dim, dtype=weight_dtype)
     labels, scale = new(batch, dtype=torch.int64), new(batch)
     tau, offsets = new(batch) if RULES[rule].needs_tau else None, new(classes) if bias else None
@@ -70,6 +91,9 @@ def shaped_step(
         _, _, aux, o_red = launch.sweep_loss(*inputs[:4], inputs[-1], spec, forms_of(ArcFace()).packed(), "mean")
     else:
         _, _, _, aux, o_red, _ = launch.sweep(*inputs, spec)
+    vector = new(batch)
     if need:
-        vector = new(batch)
         gradients.sweep_backward(vector, vector, vector, *inputs, vector, aux, o_red, new(0), spec, int(need))
+    if update:
+        call = Call(*[vector] * 3, x, *inputs[2:6], inputs[-1], vector, aux, new(0))
+        gradients.sweep_step(w, _state(update, *w.shape), None, [call], spec, update)

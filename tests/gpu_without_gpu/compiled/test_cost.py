@@ -9,6 +9,7 @@ from ... import cases
 from .. import steps
 from ..fake_driver import recorded
 from ..ptx import launch
+from ..step_cases import UPDATES, SweepStep, new_state
 
 
 def counted(device, margin, mode, shape, **options):
@@ -35,9 +36,25 @@ def test_sweeping_kernels(shape, flash):
         {name: figures for name, figures in found if name in cost.KERNELS}
         for found in (counted(device, "cosface", "bf16", shape), modelled(device, shape, dtype=torch.bfloat16))
     )
-    assert got.keys() == model.keys() == cost.KERNELS.keys()
+    assert got.keys() == model.keys() == cost.KERNELS.keys() - {"update_rows"}
     for name, counts in got.items():
         assert (model[name].flops, model[name].read, model[name].written) == counts[1:], name
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw"])
+def test_updating_kernels(name):
+    """Exact too: a step's gradient used up on weights and state, and rows with their gradients in memory."""
+    found, (batch, classes, dim) = [], (20, 130, 64)
+    with steps.emulated(80, steps.tiny(), lambda *args, **kwargs: found.append(launch(*args, **kwargs))) as driver:
+        SweepStep(name, backend="triton", batches=(batch,), classes=classes, dim=dim).run()
+        w, rows, state = torch.ones(classes, dim), torch.arange(0, classes, 2), new_state(UPDATES[name], classes, dim)
+        torch.ops.fused_margin.update_rows(w, *state, rows, w[rows], *UPDATES[name], "triton")
+    with recorded(80) as launches, steps.configs.use(steps.tiny()):
+        steps.shaped_step(batch, classes, dim, dtype=torch.float32, need=0, update=UPDATES[name])
+        steps.shaped_rows(classes // 2, classes, dim, UPDATES[name])
+    model = {launch.name: cost.of_launch(launch) for launch in launches}
+    for (kernel, _), counts in list(zip(driver.launches, found, strict=True))[-2:]:
+        assert (model[kernel].read, model[kernel].written) == counts[2:], kernel
 
 
 @pytest.mark.slow

@@ -72,6 +72,34 @@ def test_half_arithmetic(arch, dtype):
     torch.testing.assert_close(out, expect, rtol=0, atol=0)
 
 
+@triton.jit
+def mixed_ops(X, Y, Z, OUT, n: tl.constexpr):
+    i = tl.arange(0, n)
+    x = tl.load(X + i).to(tl.float32)
+    y = tl.load(Y + i).to(tl.float32)
+    z = tl.load(Z + i)
+    tl.store(OUT + 0 * n + i, x + z)
+    tl.store(OUT + 1 * n + i, x - z)
+    tl.store(OUT + 2 * n + i, z - x)
+    tl.store(OUT + 3 * n + i, tl.fma(x, y, z))
+
+
+@pytest.mark.parametrize("arch", [80, 120])
+@pytest.mark.parametrize("dtype", [BF16, FP16], ids=str)
+def test_arithmetic_of_two_widths(arch, dtype):
+    """sm_100 and up have sums whose first operand is of 16 bit and whose second and result are of 32."""
+    texts = []
+    execute_with(arch, lambda ptx, *args, **options: texts.append(ptx) or launch(ptx, *args, **options))
+    g = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 512, generator=g).to(dtype)
+    z, out = torch.randn(512, generator=g), torch.empty(4, 512)
+    mixed_ops[(1,)](x, y, z, out, 512)
+    a, b, c = x.double(), y.double(), z.double()
+    assert torch.equal(out, torch.stack([a + c, a - c, c - a, a * b + c]).float())
+    narrow = str(dtype).replace("torch.bfloat16", "bf16").replace("torch.float16", "f16")
+    assert (f"sub.rn.f32.{narrow}" in texts[0]) == (arch == 120)
+
+
 def outcome(arch=80, rows=None, less_shared=0, mutant=None, tile=TILE):
     """The emulator's complaint about the example kernel with something broken, or its loss and lse."""
 

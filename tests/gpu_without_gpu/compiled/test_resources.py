@@ -3,7 +3,7 @@
 import pytest
 
 from ..proof import markdown, record
-from ..resources import ARCHES, STEPS, SWEEPING, rows_of, shown
+from ..resources import ARCHES, STEPS, SWEEPING, UPDATES, UPDATING, rows_of, shown
 
 TENSOR_OPS = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA", 120: "HMMA", "gfx942": "MFMA"}
 
@@ -24,7 +24,7 @@ def check(step, arch, only, rows=None):
         assert row.spill == 0, row
         if row.kernel in SWEEPING and "fp32" not in step.name:
             assert row.tensor_ops.startswith(TENSOR_OPS[arch]), row
-        if row.kernel in SWEEPING:
+        if row.kernel in (*SWEEPING, *UPDATING):
             assert row.wide_loads, row
 
 
@@ -38,3 +38,16 @@ def test_sweep_of_the_default(arch):
 @pytest.mark.parametrize("step", STEPS, ids=lambda step: step.name)
 def test_budget(step, arch, rows):
     check(step, arch, None if step is STEPS[0] else SWEEPING, rows)
+
+
+@pytest.mark.parametrize(
+    "step, arch",
+    [
+        pytest.param(step, arch, marks=() if arch in (80, 90) and step in UPDATES[1::3] else pytest.mark.slow)
+        for step in UPDATES
+        for arch in ARCHES
+    ],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
+def test_updates(step, arch, rows):
+    check(step, arch, UPDATING, rows)

@@ -3,8 +3,9 @@
 import csv
 
 import pytest
+import torch
 
-from bench import gate, gpu
+from bench import gate, gpu, optim
 
 from ... import cases
 
@@ -19,10 +20,12 @@ def rows_of(path):
 def test_from_parity_to_picture(tmp_path, capsys):
     assert gpu.main(["--rehearse", "--output", str(tmp_path / "gpu.csv")]) == 0
     rows = rows_of(tmp_path / "gpu.csv")
+    names = [f"{pair[place]}, triton" for pair in optim.PAIRS.values() for place in (0, 2)]
     assert [(row["dtype"], row["method"], row["status"]) for row in rows] == [
-        ("bf16", "fused", "ok"), ("fp32", "fused", "ok"),
+        ("bf16", "fused", "ok"), ("fp32", "fused", "ok"), *(("bf16", name, "ok") for name in names),
     ]  # fmt: skip
-    assert all(float(row["median_ms"]) > 0 and float(row["gb_per_s"]) > 0 for row in rows)
+    assert all(float(row["median_ms"]) > 0 for row in rows)
+    assert all(float(row["gb_per_s"]) > 0 for row in rows[:2])
     assert (tmp_path / "gpu.png").stat().st_size > 5000
     assert "a rehearsal, no result" in capsys.readouterr().out
 
@@ -31,7 +34,22 @@ def test_wrong_gradients_get_no_time(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "parity", lambda *args: [])
     monkeypatch.setattr(gate, "TOLERANCE", {"fp32": 1e-12, "bf16": 1e-12})
     assert gpu.main(["--rehearse", "--output", str(tmp_path / "gpu.csv")]) == 1
-    assert all(row["status"].startswith("red gate") and not row["median_ms"] for row in rows_of(tmp_path / "gpu.csv"))
+    heads = [row for row in rows_of(tmp_path / "gpu.csv") if row["method"] == "fused"]
+    assert len(heads) == 2
+    assert all(row["status"].startswith("red gate") and not row["median_ms"] for row in heads)
+
+
+def test_wrong_steps_stop_all(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "parity", lambda *args: [])
+    monkeypatch.setattr(optim, "ADAMW", {**optim.ADAMW, "weight_decay": 0.1})
+    monkeypatch.setattr(
+        optim.Training, "dense_adamw", lambda t: t._head(torch.optim.AdamW([t.w], lr=1e-3, weight_decay=0), t.adam)
+    )
+    monkeypatch.setitem(
+        optim.PAIRS, "adamw", (*optim.PAIRS["adamw"][:3], optim.Training.dense_adamw)
+    )  # fmt: skip
+    assert gpu.main(["--rehearse", "--output", str(tmp_path / "gpu.csv")]) == 1
+    assert "SweepAdamW, products in torch.float32: error" in capsys.readouterr().out
 
 
 def test_broken_parity_stops_all(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import functools
 
 import numpy as np
 
-from .formats import DIRECTED, TYPES, PTXError, f64, i64, is_float, round_float, u32, u64
+from .formats import DIRECTED, TYPES, PTXError, f32, f64, i64, is_float, round_float, u32, u64
 
 # fmt: off
 WIDER = {"s16": "s32", "u16": "u32", "s32": "s64", "u32": "u64"}
@@ -24,6 +24,11 @@ UNARY = {
 # fmt: on
 
 
+def mixed(op):
+    """Of sm_100 and up: all operands but the last are of 16 bit, and it and the result of 32."""
+    return op[-2] == "f32" and op[-1] in ("f16", "bf16")
+
+
 class Arithmetic:
     """Of a Block. Everywhere op is the name split at its dots, a the operands, m the mask of executing threads."""
 
@@ -33,6 +38,10 @@ class Arithmetic:
         if "wide" in op:
             return self.mad(op, a, m)
         operands = [self.numbers(q, ty) for q in a[1:]]
+        if mixed(op):
+            if o not in ("add", "sub"):
+                raise PTXError("unsupported PTX")
+            ty, operands = "f32", [operands[0].astype(f32), self.numbers(a[2], "f32")]
         if len(operands) != 2 and not (o in ("min", "max") and len(operands) == 3):  # 3 inputs: sm_100 and up
             raise PTXError("operand count")
         x, y = operands[:2]
@@ -77,8 +86,9 @@ class Arithmetic:
 
     @np.errstate(all="ignore")
     def fma(self, op, a, m):
-        x, y, z = (self.numbers(q, op[-1]).astype(f64) for q in a[1:])
-        self.write_numbers(a[0], round_float(x * y + z, op[-1], op), op[-1], m)
+        ty = "f32" if mixed(op) else op[-1]
+        x, y, z = (self.numbers(q, t).astype(f64) for q, t in zip(a[1:], (op[-1], op[-1], ty), strict=True))
+        self.write_numbers(a[0], round_float(x * y + z, ty, op), ty, m)
 
     @np.errstate(all="ignore")
     def unary(self, op, a, m):
