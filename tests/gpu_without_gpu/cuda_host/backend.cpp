@@ -4,6 +4,8 @@
 
 CUSIM_EXPORT void simulator_hook(cusim::Hook hook) { cusim::sim().hook = hook; }
 
+CUSIM_EXPORT void simulator_computes(int does) { cusim::computes() = does != 0; }
+
 CUSIM_EXPORT void forget_allocations() { cusim::allocations().clear(); }
 
 CUSIM_EXPORT int64_t count_allocations() { return int64_t(cusim::allocations().size()); }

@@ -111,7 +111,7 @@ def execute(name, text, grid, threads, argument, smem, buffers):
 def emulated(arch: int | None, execute: Execute = execute, **options) -> Iterator[None]:
     """As `simulated`, but each launch goes to execute(name, ptx, grid, threads, argument, smem, buffers).
 
-    Without an architecture there is no PTX: for a function that only looks at launches.
+    Without an architecture there is no PTX, and nothing is computed: for a function that only looks at launches.
     """
     given: list[Tensor] = []
     failed: list[BaseException] = []
@@ -144,12 +144,14 @@ def emulated(arch: int | None, execute: Execute = execute, **options) -> Iterato
     before = {name: getattr(backend, name) for name in _ENTRIES}
     with simulated(**options) as loaded:
         loaded.simulator_hook(ctypes.cast(hook, ctypes.c_void_p))
+        loaded.simulator_computes(arch is not None)
         for name, function in before.items():
             setattr(backend, name, entering(function))
         try:
             yield
         finally:
             loaded.simulator_hook(None)
+            loaded.simulator_computes(True)
             for name, function in before.items():
                 setattr(backend, name, function)
 

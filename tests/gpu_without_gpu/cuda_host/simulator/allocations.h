@@ -1,5 +1,6 @@
 // Included before an operator layer: the tensors that it makes by torch::stable::new_empty are poisoned, and noted until
-// forget_allocations(), so that an emulator knows what a kernel may touch.
+// forget_allocations(), so that an emulator knows what a kernel may touch. Where launches are only looked at, numbers
+// are not needed, and neither poison nor products made.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -15,6 +16,11 @@ inline std::vector<torch::stable::Tensor>& allocations() {
   return made;
 }
 
+inline bool& computes() {
+  static bool does = true;
+  return does;
+}
+
 }  // namespace cusim
 
 namespace torch::stable {
@@ -22,7 +28,7 @@ namespace torch::stable {
 inline Tensor noted_new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size,
                               std::optional<torch::headeronly::ScalarType> type = std::nullopt) {
   Tensor made = new_empty(like, size, type);
-  if (made.numel()) memset(made.mutable_data_ptr(), 0xFF, size_t(made.numel()) * made.element_size());
+  if (cusim::computes() && made.numel()) memset(made.mutable_data_ptr(), 0xFF, size_t(made.numel()) * made.element_size());
   cusim::allocations().push_back(made);
   return made;
 }
