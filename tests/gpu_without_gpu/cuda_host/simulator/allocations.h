@@ -28,7 +28,8 @@ namespace torch::stable {
 inline Tensor noted_new_empty(const Tensor& like, torch::headeronly::IntHeaderOnlyArrayRef size,
                               std::optional<torch::headeronly::ScalarType> type = std::nullopt) {
   Tensor made = new_empty(like, size, type);
-  if (cusim::computes() && made.numel()) memset(made.mutable_data_ptr(), 0xFF, size_t(made.numel()) * made.element_size());
+  if (cusim::computes() && made.numel())
+    memset(made.mutable_data_ptr(), 0xFF, size_t(made.numel()) * made.element_size());
   cusim::allocations().push_back(made);
   return made;
 }
