@@ -138,7 +138,8 @@ def _row_kernel(name: str, a: dict) -> Cost:
             inputs += _size(a[key])
     if torch.is_tensor(a.get("w")) and (name != "backward_rows" or a["CENTERS"] > 1):
         inputs += batch * a["D"] * a["w"].element_size()
-    outputs = sum(_size(a[key]) for key in ("operand", "o_red", "d_x", "constants") if torch.is_tensor(a.get(key)))
+    written = ("operand", "target", "constants", "cos_y", "o_red", "loss", "rows", "d_x")
+    outputs = sum(_size(a[key]) for key in written if torch.is_tensor(a.get(key)))
     return Cost(name, inputs, outputs)
 
 

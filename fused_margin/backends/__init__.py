@@ -12,8 +12,8 @@ from ..rules import RULES
 from ..spec import Spec
 from . import cpu, cuda, reference, triton
 
-# By preference: of two that can run the first is taken. On a GPU that is Triton, where it is installed; the CUDA C++
-# kernels, of which no time is known yet, where it is not.
+# By preference: of two that can run the first is taken. On a GPU that is Triton, where it is installed and takes the
+# input; else the CUDA C++ kernels. No time of either is known yet.
 BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "triton": triton, "cuda": cuda, "reference": reference}
 
 

@@ -1,9 +1,7 @@
-"""Work on rows of x, a few rows a program: before the sweep, after it, and around the backward.
+"""Work on rows of x, a few rows a program, before the sweep and after it.
 
-prologue       x_hat in the operands' dtype, cos_y and the target, the row's constants
-epilogue       the splits' sums and O merged in their order: red, aux, sum_u
-backward_rows  the coefficients of G, x_hat times what G leaves out, the rows in the order of their targets
-finish_x       dX = (h - (h . x_hat) x_hat) / |x|,  h = f O + g_cos_y w_hat_y
+prologue  x_hat in the operands' dtype, cos_y and the target, the row's constants
+epilogue  the splits' sums and O merged in their order: red, aux, sum_u
 """
 
 import triton
