@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_margin as fm
 from fused_margin.backends import triton
@@ -47,6 +48,17 @@ def test_why_not_of_an_input():
     assert "sub_centers is 17; the kernels take at most 16" in reasons(sub_centers=17)
     if importlib.util.find_spec("triton"):
         assert reasons() == ""
+
+
+@pytest.mark.parametrize(
+    "has, said", [((7, 5), "cuda:0 has compute capability (7, 5); the kernels need (8, 0)"), ((8, 0), "")]
+)
+def test_why_not_of_an_old_gpu(has, said, monkeypatch):
+    with FakeTensorMode():
+        x, w = torch.empty(4, 8, device="cuda"), torch.empty(5, 8, device="cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    assert reasons(x, w) == said
 
 
 def test_import_brings_no_triton():

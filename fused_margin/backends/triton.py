@@ -18,6 +18,7 @@ from . import gpu
 from .reference import check_labels
 
 MAX_DIM = 8192  # a row of w is finished in registers
+_OLDEST = 8, 0  # compute capability; an older GPU has no product of bfloat16, and the kernels would spill
 
 
 def _interpreted() -> bool:
@@ -31,6 +32,10 @@ def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
     if x is None and not torch.cuda.is_available() and not _interpreted():
         reasons.append("torch sees no GPU (TRITON_INTERPRET=1 runs the kernels slowly on a CPU)")
     reasons += gpu.why_not_input(x, w, spec, lambda d: d.type == "cuda" or (d.type == "cpu" and _interpreted()))
+    if x is not None and x.is_cuda and not torch.version.hip:
+        has = torch.cuda.get_device_capability(x.device)
+        if has < _OLDEST:
+            reasons.append(f"{x.device} has compute capability {has}; the kernels need {_OLDEST}")
     if x is not None and x.shape[1] > MAX_DIM:
         reasons.append(f"the dimension is {x.shape[1]}; the kernels take at most {MAX_DIM}")
     return reasons
