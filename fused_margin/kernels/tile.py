@@ -46,7 +46,7 @@ def power_of_two(top):
 @triton.jit
 def load_slice(w, j_source, d, D, w_row, w_col, WHOLE: tl.constexpr):
     """Columns d of the tile's rows of w, [d, j]."""
-    at = w + j_source[None, :] * w_row + d[:, None] * w_col
+    at = w + j_source[None, :] * w_row + d.to(tl.int64)[:, None] * w_col
     if WHOLE:
         return tl.load(at)
     return tl.load(at, mask=d[:, None] < D, other=0.0)

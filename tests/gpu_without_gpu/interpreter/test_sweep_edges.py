@@ -119,25 +119,29 @@ def test_same_bits_twice():
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("form", ["flash", "chunk"])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
 @pytest.mark.parametrize("far", ["w", "x"])
-def test_offsets_beyond_31_bits(far):
-    """Five rows in a storage of more than 2^31 elements, of which only those rows are touched."""
+def test_offsets_beyond_31_bits(far, axis, form):
+    """Five rows in a storage of more than 2^31 elements, of which only those are touched; columns of a transpose too."""
     dim, rows = 20, 5
-    distance = 2**29 + 2**20
+    steps = (2**29 + 2**20, 1) if axis == "rows" else (1, 2**27 + 16)
     with torch.no_grad():
         torch.utils.deterministic.fill_uninitialized_memory = False  # which would touch it all
         try:
-            storage = torch.empty((rows - 1) * distance + dim, dtype=torch.bfloat16)
+            storage = torch.empty((rows - 1) * steps[0] + (dim - 1) * steps[1] + 1, dtype=torch.bfloat16)
         finally:
             torch.utils.deterministic.fill_uninitialized_memory = True
         given = {"x": torch.randn(rows, dim).bfloat16(), "w": torch.randn(rows, dim).bfloat16()}
-        strided = storage.as_strided((rows, dim), (distance, 1))
+        strided = storage.as_strided((rows, dim), steps)
         strided.copy_(given[far])
+    assert storage.numel() > 2**31
     near = [t.requires_grad_() for t in given.values()]
     labels = torch.tensor([4, 0, 4, 2, 3])
     there = [strided.requires_grad_() if n == far else t.detach().requires_grad_() for n, t in given.items()]
-    for a, b in zip(loss_and_gradients(*near, labels), loss_and_gradients(*there, labels), strict=True):
-        assert torch.equal(a, b)
+    with use(device(form)):
+        for a, b in zip(loss_and_gradients(*near, labels), loss_and_gradients(*there, labels), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_more_tiles_than_a_grid_axis_has(monkeypatch):
