@@ -6,6 +6,7 @@ No value of a tensor is read here and no shape depends on one, so that nothing w
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from ..spec import Spec, Want
 from .configs import Cut, Device, Tile, device_for
 
 _ROWS, _ROW_ELEMENTS = 16, 2048  # of a program that works on single rows, at most
+_MOST_SPLITS = 1024
+_WAVES, _FLASH_WAVES = (8, 10), (0, 7)  # of programs in the forward: at least, where the splits allow it, and at most
+_GOOD = 0.98  # of the best use of a device: more splits than this needs are not made
 
 
 def ceil_div(n: int, by: int) -> int:
@@ -138,6 +142,29 @@ def row_constants(p: Plan, given: Inputs) -> dict:
         "NORMALIZE_W": p.spec.normalize_w,
         "ROWS": p.rows,
     }
+
+
+def use_of_device(tiles: int, blocks: int, splits: int, programs: int) -> float:
+    """The part of the time that multiprocessors work, if `programs` at a time run in waves as long as their longest."""
+    return blocks * tiles / (programs * ceil_div(blocks * splits, programs) * ceil_div(tiles, splits))
+
+
+@functools.lru_cache(maxsize=4096)
+def splits_of(tiles: int, blocks: int, programs: int, flash: bool) -> int:
+    """Of the class tiles, in each of which every block of rows has a program; a multiprocessor runs one at a time.
+
+    A grid a little above `programs` would leave most of them idle for a whole second wave. So there are at least eight
+    waves, of which the last one, on any part of the architecture that has fewer multiprocessors, costs a ninth at most;
+    a split's sums are small. In the flash form each split writes [padded, D] numbers: as few waves as waste little.
+    """
+    tiles = max(tiles, 1)
+    most = min(tiles, _MOST_SPLITS)
+    least_waves, most_waves = _FLASH_WAVES if flash else _WAVES
+    first = min(least_waves, most * blocks // programs) * programs // blocks
+    last = min(most, most_waves * programs // blocks + 1)
+    first = max(1, min(first, last))
+    uses = {n: use_of_device(tiles, blocks, n, programs) for n in range(first, last + 1)}
+    return next(n for n, use in uses.items() if use >= _GOOD * max(uses.values()))
 
 
 def sweep_constants(p: Plan, tile: Tile, given: Inputs) -> dict:

@@ -14,6 +14,7 @@ from fused_margin import ops
 from fused_margin.functional import margin_cross_entropy
 from fused_margin.kernels import configs, forward, gradients, launch, tune
 from fused_margin.kernels.configs import use
+from fused_margin.kernels.plan import splits_of
 from fused_margin.spec import Aux, Spec, Want
 
 from ... import cases, oracle
@@ -145,9 +146,11 @@ def test_offsets_beyond_31_bits(far, axis, form):
 
 
 def test_more_tiles_than_a_grid_axis_has(monkeypatch):
-    """The last two of 256 splits of 65,540 tiles of 16 classes; the last class is a target."""
-    tiles, shown = 65540, 2
-    classes, first = tiles * 16 - 3, (256 - shown) * tiles // 256 * 16
+    """The last two splits of 65,540 tiles of 16 classes; the last class is a target."""
+    tiles, shown, programs = 65540, 2, 256
+    splits = splits_of(tiles, 1, programs, False)
+    assert splits >= programs
+    classes, first = tiles * 16 - 3, (splits - shown) * tiles // splits * 16
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(16, 16, generator=g), torch.randn(classes, 16, generator=g)
     labels = torch.full((16,), classes - 1)
@@ -167,7 +170,7 @@ def test_more_tiles_than_a_grid_axis_has(monkeypatch):
             return run(kernel, shown, *args, **constants)
 
     monkeypatch.setattr(launch, "run", last_programs)
-    with use(device(slots=16)._replace(programs=256)):
+    with use(device(slots=16)._replace(programs=programs)):
         got = ops.sweep(
             x, w, labels, torch.full((16,), 20.0), None, None, None, torch.zeros(0), spec(num_classes=classes, want=0)
         )

@@ -1,0 +1,65 @@
+"""What the Triton backend decides from shapes alone: how the forward is split. No kernel runs, Triton is not needed."""
+
+import heapq
+
+import pytest
+
+from fused_margin.kernels.configs import DEVICES
+from fused_margin.kernels.plan import ceil_div, splits_of, use_of_device
+
+GPUS = [name for name in DEVICES if name != "interpreter"]
+BATCHES = (1, 64, 128, 129, 256, 500, 512, 777, 1024, 1500, 2048, 3000, 4096, 8192, 8500, 16384, 20000, 30000)
+CLASSES = (10**5, 10**6, 10**7)
+SMALLER = {"cuda80": (56, 72, 84), "cuda90": (78, 114), "cuda120": (48, 84), "hip": (110, 228)}  # parts that are sold
+
+
+def cuts():
+    """(device, classes, tile, form, blocks, tiles) of each kind of sweep."""
+    for name in GPUS:
+        for cut in (DEVICES[name].half, DEVICES[name].full):
+            for form in ("sweep", "flash") if cut.flash_width else ("sweep",):
+                tile = getattr(cut, form)
+                for batch in BATCHES:
+                    for classes in CLASSES:
+                        yield name, tile, form == "flash", ceil_div(batch, tile.rows), ceil_div(classes, tile.slots)
+
+
+def in_order(tiles: int, blocks: int, splits: int, programs: int) -> float:
+    """The part of the time that multiprocessors work, if each takes the next program when it has done one."""
+    sizes = [(k + 1) * tiles // splits - k * tiles // splits for k in range(splits) for _ in range(blocks)]
+    ends = [0] * programs
+    for size in sizes:
+        heapq.heapreplace(ends, ends[0] + size)
+    return sum(sizes) / (programs * max(ends))
+
+
+def test_no_wave_runs_almost_empty():
+    """In lockstep on the device of the record; as they are done, on parts of it that have fewer multiprocessors too."""
+    for name, _, flash, blocks, tiles in dict.fromkeys(cuts()):
+        programs = DEVICES[name].programs
+        splits = splits_of(tiles, blocks, programs, flash)
+        if tiles >= 5000:
+            assert use_of_device(tiles, blocks, splits, programs) >= 0.85, (name, flash, blocks, tiles)
+        for part in (programs, *(() if flash else SMALLER.get(name, ()))):
+            if blocks * splits <= 4000:
+                assert in_order(tiles, blocks, splits, part) >= 0.85, (name, flash, blocks, tiles, part)
+
+
+def test_what_was_almost_twice_as_slow():
+    """136 programs on 132 multiprocessors."""
+    assert use_of_device(7813, 8, 17, 132) < 0.53
+    assert use_of_device(7813, 8, splits_of(7813, 8, 132, False), 132) > 0.95
+
+
+def test_splits_are_bounded():
+    """And so are the partial sums of each, [9, padded] or, in the flash form, [padded, D]."""
+    for name, tile, flash, blocks, tiles in cuts():
+        splits = splits_of(tiles, blocks, DEVICES[name].programs, flash)
+        assert 1 <= splits <= min(tiles, 1024)
+        states = splits * blocks * tile.rows * 9 * 4
+        assert splits == 1 or states <= (6 if flash else 14) * 2**20, (name, blocks, states)
+
+
+@pytest.mark.parametrize("flash", [False, True])
+def test_few_tiles(flash):
+    assert [splits_of(tiles, 1, 132, flash) for tiles in (0, 1, 2)] == [1, 1, 2]
