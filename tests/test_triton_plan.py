@@ -1,11 +1,16 @@
-"""What the Triton backend decides from shapes alone: how the forward is split. No kernel runs, Triton is not needed."""
+"""What the Triton backend decides from shapes alone: how the forward is split, which product the library is asked for.
+
+No kernel runs, Triton is not needed.
+"""
 
 import heapq
 
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_margin.kernels.configs import DEVICES
-from fused_margin.kernels.plan import ceil_div, splits_of, use_of_device
+from fused_margin.kernels.plan import ceil_div, multiply, splits_of, use_of_device
 
 GPUS = [name for name in DEVICES if name != "interpreter"]
 BATCHES = (1, 64, 128, 129, 256, 500, 512, 777, 1024, 1500, 2048, 3000, 4096, 8192, 8500, 16384, 20000, 30000)
@@ -63,3 +68,37 @@ def test_splits_are_bounded():
 @pytest.mark.parametrize("flash", [False, True])
 def test_few_tiles(flash):
     assert [splits_of(tiles, 1, 132, flash) for tiles in (0, 1, 2)] == [1, 1, 2]
+
+
+class Named(TorchDispatchMode):
+    """Lists the operators that are dispatched, but for views."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not func.is_view:
+            self.names.append(str(func))
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_on_a_device_are_one_operator(dtype, add):
+    """As the backward asks for them: a transposed slice of G with one of x_hat. Meta tensors take the GPU's branch."""
+    g, x = torch.empty(64, 96, dtype=dtype, device="meta"), torch.empty(64, 32, dtype=dtype, device="meta")
+    out = torch.empty(80, 24, device="meta")
+    with Named() as seen:
+        multiply(g[:60, :80].t(), x[:60, :24], out, add)
+    name = "addmm" if add else "mm"
+    assert seen.names == [f"aten.{name}.out" if dtype == torch.float32 else f"aten.{name}.dtype_out"]
+
+
+@pytest.mark.parametrize("add", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_products_on_a_cpu(dtype, add):
+    g, x, out = torch.randn(9, 7).to(dtype), torch.randn(9, 5).to(dtype), torch.randn(7, 5)
+    exact = g.double().t() @ x.double() + (out.double() if add else 0)
+    multiply(g.t(), x, out, add)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)

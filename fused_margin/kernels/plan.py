@@ -18,6 +18,7 @@ from .configs import Cut, Device, Tile, device_for
 
 _ROWS, _ROW_ELEMENTS = 16, 2048  # of a program that works on single rows, at most
 _MOST_SPLITS = 1024
+_LONG_RULES = ("gauss", "power")
 _WAVES, _FLASH_WAVES = (8, 10), (0, 7)  # of programs in the forward: at least, where the splits allow it, and at most
 _GOOD = 0.98  # of the best use of a device: more splits than this needs are not made
 
@@ -68,6 +69,7 @@ class Plan(NamedTuple):
     operand: torch.dtype
     spec: Spec
     ranged: bool  # whether rows of w are brought into the range of fp16
+    biased: bool
 
     @property
     def flash(self) -> bool:
@@ -82,6 +84,10 @@ class Plan(NamedTuple):
     @property
     def operand_row(self) -> int:  # of a row of x_hat, in whole steps of depth
         return ceil_div(self.dim, self.cut.depth) * self.cut.depth
+
+    @property
+    def whole(self) -> bool:  # steps of depth only
+        return self.dim % self.cut.depth == 0
 
     @property
     def row_width(self) -> int:  # of such a row, as a power of two
@@ -111,9 +117,15 @@ class Plan(NamedTuple):
         return self._narrow(tile._replace(slots=flash.slots, warps=flash.warps) if self.flash else tile)
 
     def _narrow(self, tile: Tile) -> Tile:
-        """Half as wide where sweeps carry further sums of each row, which need registers."""
-        more = self.spec.want & (Want.SUM | Want.STATS | Want.DSCALE) or self.spec.reduction == "softplus"
-        return tile._replace(slots=max(tile.slots // 2, self.group, 16)) if more else tile
+        """Half as wide for each kind of thing that needs registers, twice at most: a spilled one costs more than that.
+
+        Further sums of each row; addresses or slots that are masked; rules and offsets, where there are few left.
+        """
+        spec = self.spec
+        sums = bool(spec.want & (Want.SUM | Want.STATS | Want.DSCALE)) or spec.reduction == "softplus"
+        masked = self.group > 1 or not self.whole or (self.flash and self.dim != self.width)
+        ruled = spec.rule in _LONG_RULES or ((spec.rule != "identity" or self.biased) and (self.ranged or self.flash))
+        return tile._replace(slots=max(tile.slots >> min(sums + masked + ruled, 2), self.group, 16))
 
     def padded(self, tile: Tile) -> int:
         return max(ceil_div(self.batch, tile.rows), 1) * tile.rows
@@ -131,7 +143,7 @@ def plan(given: Inputs, spec: Spec) -> Plan:
     if ranged and device.ranged_depth:
         cut = cut._replace(depth=device.ranged_depth)
     batch, dim = given.x.shape
-    return Plan(device, cut, batch, int(dim), w_rows // spec.sub_centers, operand, spec, ranged)
+    return Plan(device, cut, batch, int(dim), w_rows // spec.sub_centers, operand, spec, ranged, given.bias is not None)
 
 
 def row_constants(p: Plan, given: Inputs) -> dict:
@@ -183,7 +195,7 @@ def sweep_constants(p: Plan, tile: Tile, given: Inputs) -> dict:
         "ROWS": tile.rows,
         "SLOTS": tile.slots,
         "DEPTH": p.cut.depth,
-        "WHOLE": p.dim % p.cut.depth == 0,
+        "WHOLE": p.whole,
         "RANGE": p.ranged,
         "PRECISION": p.device.precision,
         "num_warps": tile.warps,
@@ -206,8 +218,8 @@ def run(kernel, programs: int, *args, **constants) -> None:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """out (+)= a b, summed and stored in float32; one launch."""
-    if a.dtype == torch.float32 or not a.is_cuda:
+    """out (+)= a b, summed and stored in float32; one launch. On a CPU there is no product with another out_dtype."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
         a, b = a.float(), b.float()
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif add:

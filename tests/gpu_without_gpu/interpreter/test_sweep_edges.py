@@ -124,7 +124,7 @@ def test_same_bits_twice():
 @pytest.mark.parametrize("axis", ["rows", "columns"])
 @pytest.mark.parametrize("far", ["w", "x"])
 def test_offsets_beyond_31_bits(far, axis, form):
-    """Five rows in a storage of more than 2^31 elements, of which only those are touched; columns of a transpose too."""
+    """Five rows in a storage of more than 2^31 elements, of which only those are touched; or its columns."""
     dim, rows = 20, 5
     steps = (2**29 + 2**20, 1) if axis == "rows" else (1, 2**27 + 16)
     with torch.no_grad():
