@@ -14,7 +14,7 @@ from fused_margin import ops
 from fused_margin.functional import margin_cross_entropy
 from fused_margin.kernels import configs, forward, gradients, launch, tune
 from fused_margin.kernels.configs import use
-from fused_margin.kernels.plan import splits_of
+from fused_margin.kernels.plan import Inputs, plan, splits_of
 from fused_margin.spec import Aux, Spec, Want
 
 from ... import cases, oracle
@@ -323,3 +323,29 @@ def test_tuning_times_each_candidate_once(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert [cut.sweep.slots for cut in timed[:3]] == [32, 16, 64]
     assert [cut.gradient.slots for cut in timed[3:]] == [32, 16, 64]
+
+
+def test_tuning_tells_problems_apart(monkeypatch):
+    """What a tile depends on is in the key; candidates that come to one tile are timed once; no jump is tuned."""
+    timed = []
+    monkeypatch.setattr(tune, "_best", {})
+    monkeypatch.setattr(tune, "_time", lambda go, p: timed.append(p) or 0.0)
+    monkeypatch.setenv("FUSED_MARGIN_TRITON_TUNE", "1")
+
+    def count(part, form, bias=None, **changes):
+        before = len(timed)
+        x, w, labels = (t.detach() for t in ring())
+        with use(device(form)):
+            given = Inputs(x, w, labels, bias=bias)
+            tune.tuned(part, plan(given, spec(**changes)), given, lambda p: p)
+        return len(timed) - before
+
+    every = len(tune.CANDIDATES) + 1
+    assert count("sweep", "chunk") == count("gradient", "chunk") == every
+    assert count("sweep", "chunk") == 0
+    assert count("sweep", "chunk", want=int(Want.DX | Want.DSCALE)) == every
+    assert count("sweep", "chunk", reduction="softplus") == every
+    assert count("sweep", "chunk", bias=torch.zeros(CLASSES)) == every
+    as_in_the_forward = {(tile.rows, tile.stages) for tile in (device().half.sweep, *tune.CANDIDATES)}
+    assert count("gradient", "flash") == len(as_in_the_forward) < every
+    assert count("sweep", "chunk", sub_centers=3) == count("sweep", "chunk", rule="hard") == 0
