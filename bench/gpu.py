@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import csv
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -24,6 +23,7 @@ import torch
 from head_cost import SCALE
 
 import fused_margin as fm
+from fused_margin.kernels.configs import interpreted
 from tests import cases as problems
 from tests.gpu_without_gpu.sweep_cases import Sweep
 
@@ -269,7 +269,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes in Triton's interpreter, without a GPU")
     parser.add_argument("--output", type=Path, default=FOLDER / "gpu.csv", help="the CSV; the picture lies beside it")
     args = parser.parse_args(argv)
-    if args.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
+    if args.rehearse and not interpreted():
         parser.error("--rehearse needs TRITON_INTERPRET=1 in the environment")
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch sees no GPU; TRITON_INTERPRET=1 python -m bench.gpu --rehearse runs without one")

@@ -6,12 +6,12 @@ Triton is imported when a sweep first runs.
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import torch
 from torch import Tensor
 
 from ..deferred import calls_of
+from ..kernels.configs import interpreted
 from ..spec import Spec
 from ..update_rules import State, Update
 from . import gpu
@@ -20,17 +20,13 @@ from .reference import check_labels
 MAX_DIM = 8192  # a row of w is finished in registers
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("Triton is not installed (pip install triton)")
-    if x is None and not torch.cuda.is_available() and not _interpreted():
+    if x is None and not torch.cuda.is_available() and not interpreted():
         reasons.append("torch sees no GPU (TRITON_INTERPRET=1 runs the kernels slowly on a CPU)")
-    reasons += gpu.why_not_input(x, w, spec, lambda d: d.type == "cuda" or (d.type == "cpu" and _interpreted()))
+    reasons += gpu.why_not_input(x, w, spec, lambda d: d.type == "cuda" or (d.type == "cpu" and interpreted()))
     if x is not None and x.shape[1] > MAX_DIM:
         reasons.append(f"the dimension is {x.shape[1]}; the kernels take at most {MAX_DIM}")
     return reasons
@@ -40,7 +36,7 @@ def path() -> str:
     """The path in use, for people."""
     import triton
 
-    where = "interpreter" if _interpreted() else torch.cuda.get_device_name()
+    where = "interpreter" if interpreted() else torch.cuda.get_device_name()
     return f"Triton {triton.__version__}, {where}"
 
 
