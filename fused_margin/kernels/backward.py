@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .rival import exponent, rival, softplus
-from .tile import EPS, HALF_UNIT, clamp, cosines, inverse_norm, rivals, tile_rows
+from .tile import EPS, HALF_UNIT, ROW_VECTORS, clamp, cosines, inverse_norm, rivals, tile_rows
 from .update import update_block
 
 
@@ -118,7 +118,7 @@ def gradient_kernel(
                 tl.store(w_at, b_w.to(x.dtype.element_ty), mask=(d < D)[None, :] & valid[:, None])
 
 
-@triton.jit(do_not_specialize=["batch", "classes", "first_class", "blocks"])
+@triton.jit(do_not_specialize=["batch", "classes", "first_class", "blocks"], do_not_specialize_on_alignment=ROW_VECTORS)
 def finish_weights(
     products,
     x,

@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-12)  # norms are clamped from below, as in torch.nn.functional.normalize
+# Vectors with a number for each row of x, often a row of a matrix [n, B], whose address is a multiple of 16 bytes for
+# some B only: kernels that were compiled for that would be compiled again for a ragged last batch.
+ROW_VECTORS = ("labels", "scale", "tau", "cos_y", "g_red", "g_sum", "g_cos_y", "red", "red_low", "factors")
 HALF_UNIT = tl.constexpr(1024.0)  # fp16 tiles of A N' hold this multiple: A ~ 1 / C would be subnormal
 
 
