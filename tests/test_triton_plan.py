@@ -1,16 +1,18 @@
-"""What the Triton backend decides from shapes alone: how the forward is split, which product the library is asked for.
-
-No kernel runs, Triton is not needed.
+"""What the Triton backend decides from shapes alone: tiles, how the forward is split, which product the library is
+asked for. No kernel runs, Triton is not needed.
 """
 
 import heapq
+import itertools
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fused_margin.kernels.configs import DEVICES
-from fused_margin.kernels.plan import ceil_div, multiply, splits_of, use_of_device
+from fused_margin.kernels.configs import DEVICES, use
+from fused_margin.kernels.plan import Inputs, ceil_div, multiply, plan, splits_of, use_of_device
+from fused_margin.rules import RULES
+from fused_margin.spec import Spec, Want
 
 GPUS = [name for name in DEVICES if name != "interpreter"]
 BATCHES = (1, 64, 128, 129, 256, 500, 512, 777, 1024, 1500, 2048, 3000, 4096, 8192, 8500, 16384, 20000, 30000)
@@ -102,3 +104,44 @@ def test_products_on_a_cpu(dtype, add):
     exact = g.double().t() @ x.double() + (out.double() if add else 0)
     multiply(g.t(), x, out, add)
     torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def tiles(device, dtype, dim, rule="identity", bias=False, centers=1, want=Want.DX, reduction="logsumexp"):
+    """(forward's, backward's) for float32 weights."""
+    x, w = torch.empty(512, dim, device="meta"), torch.empty(9000 * centers, dim, device="meta")
+    spec = Spec(rule=rule, reduction=reduction, sub_centers=centers, compute_dtype=dtype, want=int(want))
+    with use(DEVICES[device]):
+        p = plan(Inputs(x, w, x, bias=x if bias else None), spec)
+        return p.forward_tile, p.backward_tile
+
+
+@pytest.mark.parametrize("device", GPUS)
+def test_both_directions_have_the_same_slots_and_warps(device):
+    """So norms are added up in the same order, and masks decided alike; a tile has all sub-centres of a class."""
+    dtypes, wants = (torch.bfloat16, torch.float16, torch.float32), (Want.DX, Want.DX | Want.SUM, Want.DX | Want.STATS)
+    cases = itertools.product(dtypes, (128, 200, 500, 512), RULES, (False, True), (1, 3, 16), wants)
+    for case in cases:
+        forward, backward = tiles(device, *case)
+        assert (forward.slots, forward.warps) == (backward.slots, backward.warps), case
+        assert forward.slots >= 16, case
+
+
+@pytest.mark.parametrize(
+    "dtype, options",
+    [
+        (torch.bfloat16, {"centers": 3}),
+        (torch.bfloat16, {"bias": True}),
+        (torch.bfloat16, {"dim": 500, "rule": "gauss"}),
+        (torch.bfloat16, {"want": Want.DX | Want.STATS}),
+        (torch.bfloat16, {"reduction": "softplus"}),
+        (torch.float16, {"dim": 500}),
+        (torch.float16, {"rule": "hard"}),
+        (torch.bfloat16, {"dim": 200}),
+    ],
+    ids=str,
+)
+def test_tiles_that_would_spill_are_half_as_wide(dtype, options):
+    dim = options.pop("dim", 512)
+    plain, _ = tiles("cuda80", dtype, 512 if dim > 256 else 256)
+    narrow, _ = tiles("cuda80", dtype, dim, **options)
+    assert narrow.slots == plain.slots // 2

@@ -18,7 +18,6 @@ from .configs import Cut, Device, Tile, device_for
 
 _ROWS, _ROW_ELEMENTS = 16, 2048  # of a program that works on single rows, at most
 _MOST_SPLITS = 1024
-_LONG_RULES = ("gauss", "power")
 _WAVES, _FLASH_WAVES = (8, 10), (0, 7)  # of programs in the forward: at least, where the splits allow it, and at most
 _GOOD = 0.98  # of the best use of a device: more splits than this needs are not made
 
@@ -117,15 +116,17 @@ class Plan(NamedTuple):
         return self._narrow(tile._replace(slots=flash.slots, warps=flash.warps) if self.flash else tile)
 
     def _narrow(self, tile: Tile) -> Tile:
-        """Half as wide for each kind of thing that needs registers, twice at most: a spilled one costs more than that.
+        """Half as wide where registers would not suffice: a spilled number is stored and loaded in every tile.
 
-        Further sums of each row; addresses or slots that are masked; rules and offsets, where there are few left.
+        For further sums of each row, offsets, sub-centres, a row of w that fills no power of two in the flash form, and
+        two of: rows brought into the range of fp16, columns that are masked, a rule.
         """
         spec = self.spec
         sums = bool(spec.want & (Want.SUM | Want.STATS | Want.DSCALE)) or spec.reduction == "softplus"
-        masked = self.group > 1 or not self.whole or (self.flash and self.dim != self.width)
-        ruled = spec.rule in _LONG_RULES or ((spec.rule != "identity" or self.biased) and (self.ranged or self.flash))
-        return tile._replace(slots=max(tile.slots >> min(sums + masked + ruled, 2), self.group, 16))
+        ragged = self.flash and self.dim != self.width
+        two = self.ranged + (not self.whole) + (spec.rule != "identity") >= 2
+        narrow = sums or self.biased or self.group > 1 or ragged or two
+        return tile._replace(slots=max(tile.slots // 2, self.group, 16)) if narrow else tile
 
     def padded(self, tile: Tile) -> int:
         return max(ceil_div(self.batch, tile.rows), 1) * tile.rows
