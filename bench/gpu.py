@@ -1,17 +1,18 @@
 """On a machine with a GPU: are the GPU backends right there, and how fast? `make gpu`, or `python -m bench.gpu`.
 
-Parity first: every margin in every mode against the float64 oracle of the tests, under their error rule, and the
-optimizers' steps against torch.optim on the dense gradient. Then medians of fused and plain PyTorch, GB/s and
-operations/s beside the copy and product rates measured in the same run, and peak memory: CSV and picture, with the
-device's name; last, training steps with their optimizer. `--rehearse`: all of it, tiny, in Triton's interpreter.
+Parity first: every margin in every mode, and the sweep with its options in several chunks, against the float64 oracle
+of the tests, under their error rule, and the optimizers' steps against torch.optim on the dense gradient. Then medians
+of fused and plain PyTorch, GB/s and operations/s beside the copy and product rates measured in the same run, and peak
+memory: CSV and picture, with the device's name; last, training steps with their optimizer. `--rehearse`: all of it,
+tiny, in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import itertools
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields, replace
@@ -22,7 +23,9 @@ import torch
 from head_cost import SCALE
 
 import fused_margin as fm
+from fused_margin.kernels.configs import interpreted
 from tests import cases as problems
+from tests.gpu_without_gpu.sweep_cases import Sweep
 
 from . import gate, optim
 from .cases import Case
@@ -36,6 +39,7 @@ from .timing import inner_loops, timed
 SHAPES = [(128, 10**5, 512), (512, 10**5, 512), (512, 10**6, 512), (1024, 10**6, 512), (4096, 10**6, 512)]
 REHEARSAL = [(16, 96, 32)]
 PARITY = [(67, 1000, 128), (40, 777, 500), (300, 5000, 512)]  # tails; more than one tile of rows
+CHUNKED = [("plain", 2100, 9000, 64), ("index, 2 centers", 40, 16000, 200)]
 STEPS = [(512, 10**5, 512), (512, 10**6, 512)]
 STEP_TOLERANCE = {None: 1e-4, torch.bfloat16: 1e-2}  # a weight that differs by an ulp may round to another operand
 ROUNDS = 20
@@ -102,6 +106,28 @@ def parity(device: str, rehearse: bool) -> Iterator[tuple[str, list[str]]]:
             got = {name: t.cpu() for name, t in problems.run(there, backend).items()}
             rule.add_all(got, problems.plain(p), problems.exact(p))
         yield f"{backend}, {margin}, {mode}", rule.failures()
+
+
+def swept_parity(device: str, rehearse: bool) -> Iterator[tuple[str, list[str]]]:
+    """The same for the sweep itself in several chunks: an index, sub-centres, offsets, label smoothing's sum.
+
+    Triton's chunks are as small as they may be; of the CUDA backend the first size has several.
+    """
+    sizes = [("index, 2 centers", 16, 7400, 16)] if rehearse else CHUNKED
+    operands = (torch.bfloat16,) if rehearse else (torch.float32, torch.bfloat16, torch.float16)
+    for backend, size, dtype in itertools.product(backends(rehearse).values(), sizes, operands):
+        layout, batch, classes, dim = size
+        rule = problems.ErrorRule()
+        sweep = Sweep("identity", dtype, layout, dim=dim, backend=backend, batch=batch, classes=classes)
+        with small_chunks(device) if backend == "triton" else contextlib.nullcontext():
+            sweep.check(rule=rule, device=device)
+        yield f"{backend}, {batch} x {classes} x {dim}, {layout}, products in {dtype}", rule.failures()
+
+
+def small_chunks(device: str) -> contextlib.AbstractContextManager:
+    from fused_margin.kernels import configs
+
+    return configs.use(configs.device_for(torch.empty(0, device=device))._replace(chunk_bytes=1))
 
 
 def step_parity(device: str, rehearse: bool) -> Iterator[tuple[str, list[str]]]:
@@ -247,7 +273,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rehearse", action="store_true", help="tiny sizes in Triton's interpreter, without a GPU")
     parser.add_argument("--output", type=Path, default=FOLDER / "gpu.csv", help="the CSV; the picture lies beside it")
     args = parser.parse_args(argv)
-    if args.rehearse and os.environ.get("TRITON_INTERPRET") != "1":
+    if args.rehearse and not interpreted():
         parser.error("--rehearse needs TRITON_INTERPRET=1 in the environment")
     if not args.rehearse and not torch.cuda.is_available():
         parser.error("torch sees no GPU; TRITON_INTERPRET=1 python -m bench.gpu --rehearse runs without one")
@@ -262,7 +288,8 @@ def main(argv: list[str] | None = None) -> int:
     if not backends(args.rehearse):
         return 1
     broken = 0
-    for what, failures in itertools.chain(parity(device, args.rehearse), step_parity(device, args.rehearse)):
+    checks = (check(device, args.rehearse) for check in (parity, swept_parity, step_parity))
+    for what, failures in itertools.chain.from_iterable(checks):
         print(f"parity {what}: {'; '.join(failures) or 'ok'}", flush=True)
         broken += bool(failures)
     if broken:

@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fused_margin as fm
 from fused_margin.backends import triton
+from fused_margin.kernels import configs
 from fused_margin.spec import Spec
 
 X, W = torch.zeros(4, 8), torch.zeros(5, 8)
@@ -59,6 +60,20 @@ def test_why_not_of_an_old_gpu(has, said, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: has)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     assert reasons(x, w) == said
+
+
+@pytest.mark.parametrize("value", ["1", "true", "ON", "y", "Yes", "0", ""])
+def test_the_interpreter_is_asked_for_in_tritons_words(value, monkeypatch):
+    """The backend and the choice of tiles read the switch as Triton does."""
+    meant = value not in ("0", "")
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    if importlib.util.find_spec("triton"):
+        from triton import knobs
+
+        assert knobs.runtime.interpret == meant
+        assert (reasons() == "") == meant
+    if meant:
+        assert configs.device_for(X) is configs.DEVICES["interpreter"]
 
 
 def test_import_brings_no_triton():

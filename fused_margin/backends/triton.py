@@ -6,12 +6,12 @@ Triton is imported when a sweep first runs.
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import torch
 from torch import Tensor
 
 from ..deferred import calls_of
+from ..kernels.configs import interpreted
 from ..spec import Spec
 from ..update_rules import State, Update
 from . import gpu
@@ -21,17 +21,13 @@ MAX_DIM = 8192  # a row of w is finished in registers
 _OLDEST = 8, 0  # compute capability; an older GPU has no product of bfloat16, and the kernels would spill
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
     reasons = []
     if importlib.util.find_spec("triton") is None:
         reasons.append("Triton is not installed (pip install triton)")
-    if x is None and not torch.cuda.is_available() and not _interpreted():
+    if x is None and not torch.cuda.is_available() and not interpreted():
         reasons.append("torch sees no GPU (TRITON_INTERPRET=1 runs the kernels slowly on a CPU)")
-    reasons += gpu.why_not_input(x, w, spec, lambda d: d.type == "cuda" or (d.type == "cpu" and _interpreted()))
+    reasons += gpu.why_not_input(x, w, spec, lambda d: d.type == "cuda" or (d.type == "cpu" and interpreted()))
     if x is not None and x.is_cuda and not torch.version.hip:
         has = torch.cuda.get_device_capability(x.device)
         if has < _OLDEST:
@@ -45,7 +41,7 @@ def path() -> str:
     """The path in use, for people."""
     import triton
 
-    where = "interpreter" if _interpreted() else torch.cuda.get_device_name()
+    where = "interpreter" if interpreted() else torch.cuda.get_device_name()
     return f"Triton {triton.__version__}, {where}"
 
 

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .rival import exponent, rival, softplus
-from .tile import EPS, HALF_UNIT, clamp, cosines, inverse_norm, rivals, tile_rows
+from .tile import EPS, HALF_UNIT, ROW_VECTORS, clamp, cosines, inverse_norm, rivals, tile_rows
 from .update import update_block
 
 
@@ -112,13 +112,13 @@ def gradient_kernel(
                 # [j, d], not [d, j] as in `cosines`: the store's layout would become that of the loads there, and the
                 # norms would be added up in another order than in the forward.
                 d = first + tl.arange(0, DEPTH)
-                from_w = w + j_source[:, None] * w_row + d[None, :] * w_col
+                from_w = w + j_source[:, None] * w_row + d.to(tl.int64)[None, :] * w_col
                 b_w = tl.load(from_w, mask=d[None, :] < D, other=0.0).to(tl.float32) * inverse[:, None]
                 w_at = w_hat + (j_row - first_row).to(tl.int64)[:, None] * D + d[None, :]
                 tl.store(w_at, b_w.to(x.dtype.element_ty), mask=(d < D)[None, :] & valid[:, None])
 
 
-@triton.jit(do_not_specialize=["batch", "classes", "first_class", "blocks"])
+@triton.jit(do_not_specialize=["batch", "classes", "first_class", "blocks"], do_not_specialize_on_alignment=ROW_VECTORS)
 def finish_weights(
     products,
     x,
@@ -205,13 +205,12 @@ def finish_weights(
             end += tl.sum((y < low + CLASSES).to(tl.int32), 0)
         for k in range(begin, end):
             row = tl.load(order + k).to(tl.int64)
-            x_hat = tl.load(x + row * x_row + d * x_col, mask=d < D, other=0.0).to(tl.float32) * tl.load(
-                inverse_x + row
-            )
+            b_x = tl.load(x + row * x_row + d.to(tl.int64) * x_col, mask=d < D, other=0.0)
+            x_hat = b_x.to(tl.float32) * tl.load(inverse_x + row)
             share = tl.load(g_cos_y + row * g_step).to(tl.float32) * x_hat
             hit = (low * CENTERS + j_row == tl.load(target_row + row)) & valid
             h += tl.where(hit[:, None], share[None, :], 0.0)
-        w_at = w + j_source[:, None] * w_row + d[None, :] * w_col
+        w_at = w + j_source[:, None] * w_row + d.to(tl.int64)[None, :] * w_col
         if NORMALIZE or OPTIMIZER != "":
             b_w = tl.load(w_at, mask=mask, other=0.0).to(tl.float32)
         if NORMALIZE:

@@ -65,6 +65,11 @@ DEVICES: dict[str, Device] = {
 _override: list[Device] = []
 
 
+def interpreted() -> bool:
+    """Whether Triton runs kernels in its interpreter, as it reads its environment."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
+
+
 @contextlib.contextmanager
 def use(device: Device) -> Iterator[None]:
     """Within the block, this record stands for every architecture: for tests and experiments."""
@@ -87,7 +92,7 @@ def _device_for(x: torch.Tensor) -> Device:
     """That of its architecture, or of the nearest older one."""
     if _override:
         return _override[-1]
-    if x.device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+    if x.device.type == "cpu" and interpreted():
         return DEVICES["interpreter"]
     backend, arch = _architecture(x)
     if backend != "cuda":

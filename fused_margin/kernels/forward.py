@@ -138,7 +138,7 @@ def sweep_kernel(
                 weight *= slope
             if x.dtype.element_ty == tl.float16:
                 weight *= HALF_UNIT
-            at = w + j_source[:, None] * w_row + b_d[None, :] * w_col
+            at = w + j_source[:, None] * w_row + b_d.to(tl.int64)[None, :] * w_col
             b_w = tl.load(at, mask=b_d[None, :] < D, other=0.0).to(tl.float32) * inverse[:, None]
             acc = tl.dot(weight.to(x.dtype.element_ty), b_w.to(x.dtype.element_ty), acc, input_precision=PRECISION)
 

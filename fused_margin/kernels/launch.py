@@ -12,10 +12,22 @@ from ..margins.angular import TAILS
 from ..margins.forms import KINDS
 from ..spec import Aux, Rows, Spec, Want
 from . import forward, margins, rows
-from .plan import Inputs, Plan, ceil_div, on, plan, power_of_two, row_constants, run, step, sweep_constants
+from .plan import (
+    Inputs,
+    Plan,
+    ceil_div,
+    on,
+    plan,
+    power_of_two,
+    row_constants,
+    run,
+    splits_of,
+    step,
+    sweep_constants,
+)
 from .tune import tuned
 
-_MOST_SPLITS = 256
+_PARTIAL_SUMS = 4096  # of a kind in a program of the epilogue, at most
 _LOSS_ROWS = 1024
 _NO_FORM = ((0.0,) * 6, "", "")
 
@@ -79,7 +91,7 @@ def _sweep_as_planned(p: Plan, given: Inputs, threshold) -> _Swept:
     cos_y, operands = prologue(p, padded, given, threshold)
     tiles = ceil_div(p.classes, p.tile_classes(tile))
     blocks = padded // tile.rows
-    splits = max(1, min(tiles, ceil_div(p.device.programs, blocks), _MOST_SPLITS))
+    splits = splits_of(tiles, blocks, p.device.programs, p.flash)
     want = p.spec.want
     flags = {
         "STATS": bool(want & Want.STATS),
@@ -99,10 +111,11 @@ def _sweep_as_planned(p: Plan, given: Inputs, threshold) -> _Swept:
     )  # fmt: skip
     red, sum_u, aux = given.new(p.batch), given.new(p.batch), given.new(len(Aux._fields), p.batch)
     o_red = given.new(p.batch, p.dim) if p.flash else given.new(0)
+    merged = min(p.rows, _PARTIAL_SUMS // power_of_two(splits))
     run(
-        rows.epilogue, ceil_div(p.batch, p.rows),
+        rows.epilogue, ceil_div(p.batch, merged),
         state, o, given.scale, red, aux, sum_u, o_red, p.batch, padded, p.dim, step(given.scale), splits,
-        SOFTPLUS=p.spec.reduction == "softplus", HALF=p.half, SPLITS=power_of_two(splits), ROWS=p.rows, **flags,
+        SOFTPLUS=p.spec.reduction == "softplus", HALF=p.half, SPLITS=power_of_two(splits), ROWS=merged, **flags,
     )  # fmt: skip
     return _Swept(red, cos_y, sum_u, aux, o_red, operands.constants[2])
 

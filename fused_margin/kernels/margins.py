@@ -8,6 +8,7 @@ import triton.language as tl
 
 from .forward import two_sum
 from .rival import softplus
+from .tile import ROW_VECTORS
 
 PI = tl.constexpr(3.14159265358979323846)
 SINE_FLOOR = tl.constexpr(1e-3)  # as in fused_margin/angles.py
@@ -94,7 +95,7 @@ def transform(c, m1, m2, m3, cos_m2, sin_m2, past, KIND: tl.constexpr, TAIL: tl.
     return value - m3, slope
 
 
-@triton.jit(do_not_specialize=["batch", "ignore_index"])
+@triton.jit(do_not_specialize=["batch", "ignore_index"], do_not_specialize_on_alignment=ROW_VECTORS)
 def row_loss(
     labels,
     scale,

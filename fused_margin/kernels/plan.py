@@ -6,6 +6,7 @@ No value of a tensor is read here and no shape depends on one, so that nothing w
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,9 @@ from ..spec import Spec, Want
 from .configs import Cut, Device, Tile, device_for
 
 _ROWS, _ROW_ELEMENTS = 16, 2048  # of a program that works on single rows, at most
+_MOST_SPLITS = 1024
+_WAVES, _FLASH_WAVES = (8, 10), (0, 7)  # of programs in the forward: at least, where the splits allow it, and at most
+_GOOD = 0.98  # of the best use of a device: more splits than this needs are not made
 
 
 def ceil_div(n: int, by: int) -> int:
@@ -64,6 +68,7 @@ class Plan(NamedTuple):
     operand: torch.dtype
     spec: Spec
     ranged: bool  # whether rows of w are brought into the range of fp16
+    biased: bool
 
     @property
     def flash(self) -> bool:
@@ -78,6 +83,10 @@ class Plan(NamedTuple):
     @property
     def operand_row(self) -> int:  # of a row of x_hat, in whole steps of depth
         return ceil_div(self.dim, self.cut.depth) * self.cut.depth
+
+    @property
+    def whole(self) -> bool:  # steps of depth only
+        return self.dim % self.cut.depth == 0
 
     @property
     def row_width(self) -> int:  # of such a row, as a power of two
@@ -107,9 +116,17 @@ class Plan(NamedTuple):
         return self._narrow(tile._replace(slots=flash.slots, warps=flash.warps) if self.flash else tile)
 
     def _narrow(self, tile: Tile) -> Tile:
-        """Half as wide where sweeps carry further sums of each row, which need registers."""
-        more = self.spec.want & (Want.SUM | Want.STATS | Want.DSCALE) or self.spec.reduction == "softplus"
-        return tile._replace(slots=max(tile.slots // 2, self.group, 16)) if more else tile
+        """Half as wide where registers would not suffice: a spilled number is stored and loaded in every tile.
+
+        For further sums of each row, offsets, sub-centres, a row of w that fills no power of two in the flash form, and
+        two of: rows brought into the range of fp16, columns that are masked, a rule.
+        """
+        spec = self.spec
+        sums = bool(spec.want & (Want.SUM | Want.STATS | Want.DSCALE)) or spec.reduction == "softplus"
+        ragged = self.flash and self.dim != self.width
+        two = self.ranged + (not self.whole) + (spec.rule != "identity") >= 2
+        narrow = sums or self.biased or self.group > 1 or ragged or two
+        return tile._replace(slots=max(tile.slots // 2, self.group, 16)) if narrow else tile
 
     def padded(self, tile: Tile) -> int:
         return max(ceil_div(self.batch, tile.rows), 1) * tile.rows
@@ -127,7 +144,7 @@ def plan(given: Inputs, spec: Spec) -> Plan:
     if ranged and device.ranged_depth:
         cut = cut._replace(depth=device.ranged_depth)
     batch, dim = given.x.shape
-    return Plan(device, cut, batch, int(dim), w_rows // spec.sub_centers, operand, spec, ranged)
+    return Plan(device, cut, batch, int(dim), w_rows // spec.sub_centers, operand, spec, ranged, given.bias is not None)
 
 
 def row_constants(p: Plan, given: Inputs) -> dict:
@@ -138,6 +155,29 @@ def row_constants(p: Plan, given: Inputs) -> dict:
         "NORMALIZE_W": p.spec.normalize_w,
         "ROWS": p.rows,
     }
+
+
+def use_of_device(tiles: int, blocks: int, splits: int, programs: int) -> float:
+    """The part of the time that multiprocessors work, if `programs` at a time run in waves as long as their longest."""
+    return blocks * tiles / (programs * ceil_div(blocks * splits, programs) * ceil_div(tiles, splits))
+
+
+@functools.lru_cache(maxsize=4096)
+def splits_of(tiles: int, blocks: int, programs: int, flash: bool) -> int:
+    """Of the class tiles, in each of which every block of rows has a program; a multiprocessor runs one at a time.
+
+    A grid a little above `programs` would leave most of them idle for a whole second wave. So there are at least eight
+    waves, of which the last one, on any part of the architecture that has fewer multiprocessors, costs a ninth at most;
+    a split's sums are small. In the flash form each split writes [padded, D] numbers: as few waves as waste little.
+    """
+    tiles = max(tiles, 1)
+    most = min(tiles, _MOST_SPLITS)
+    least_waves, most_waves = _FLASH_WAVES if flash else _WAVES
+    first = min(least_waves, most * blocks // programs) * programs // blocks
+    last = min(most, most_waves * programs // blocks + 1)
+    first = max(1, min(first, last))
+    uses = {n: use_of_device(tiles, blocks, n, programs) for n in range(first, last + 1)}
+    return next(n for n, use in uses.items() if use >= _GOOD * max(uses.values()))
 
 
 def sweep_constants(p: Plan, tile: Tile, given: Inputs) -> dict:
@@ -156,7 +196,7 @@ def sweep_constants(p: Plan, tile: Tile, given: Inputs) -> dict:
         "ROWS": tile.rows,
         "SLOTS": tile.slots,
         "DEPTH": p.cut.depth,
-        "WHOLE": p.dim % p.cut.depth == 0,
+        "WHOLE": p.whole,
         "RANGE": p.ranged,
         "PRECISION": p.device.precision,
         "num_warps": tile.warps,
@@ -179,8 +219,8 @@ def run(kernel, programs: int, *args, **constants) -> None:
 
 
 def multiply(a: Tensor, b: Tensor, out: Tensor, add: bool) -> None:
-    """out (+)= a b, summed and stored in float32; one launch."""
-    if a.dtype == torch.float32 or not a.is_cuda:
+    """out (+)= a b, summed and stored in float32; one launch. On a CPU there is no product with another out_dtype."""
+    if a.dtype == torch.float32 or a.device.type == "cpu":
         a, b = a.float(), b.float()
         torch.addmm(out, a, b, out=out) if add else torch.mm(a, b, out=out)
     elif add:

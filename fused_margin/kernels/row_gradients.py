@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .rows import LOG2E, closest_centers, load_rows, source_row, targets, unit_rows
-from .tile import HALF_UNIT, inverse_norm, power_of_two
+from .tile import HALF_UNIT, ROW_VECTORS, inverse_norm, power_of_two
 
 NOWHERE = tl.constexpr(2147483647)  # sorts a row without target behind all classes
 
@@ -40,7 +40,9 @@ def _largest_factor(scale, g_red, g_sum, scale_step, g_red_step, g_sum_step, bat
     return power_of_two(tl.max(top, 0))
 
 
-@triton.jit(do_not_specialize=["batch", "classes", "first_class", "ignore_index"])
+@triton.jit(
+    do_not_specialize=["batch", "classes", "first_class", "ignore_index"], do_not_specialize_on_alignment=ROW_VECTORS
+)
 def backward_rows(
     x,
     w,
@@ -139,7 +141,7 @@ def backward_rows(
         tl.store(d_scale + i, d_s.to(d_scale.dtype.element_ty), mask=live)
 
 
-@triton.jit(do_not_specialize=["batch", "ignore_index"])
+@triton.jit(do_not_specialize=["batch", "ignore_index"], do_not_specialize_on_alignment=ROW_VECTORS)
 def finish_x(
     x,
     w,

@@ -9,7 +9,7 @@ import triton.language as tl
 
 from .forward import NO_POWER, STATES
 from .margins import transform
-from .tile import EPS, HALF_UNIT, clamp, inverse_norm
+from .tile import EPS, HALF_UNIT, ROW_VECTORS, clamp, inverse_norm
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -80,7 +80,9 @@ def _folded_rest(s, hi):
     return ((s_hi * c_hi - hi) + (s - s_hi) * c_hi) + s * c_lo
 
 
-@triton.jit(do_not_specialize=["batch", "classes", "first_class", "ignore_index"])
+@triton.jit(
+    do_not_specialize=["batch", "classes", "first_class", "ignore_index"], do_not_specialize_on_alignment=ROW_VECTORS
+)
 def prologue(
     x,
     w,
@@ -159,7 +161,7 @@ def _partial(state, number, i, padded, split, splits, batch, other):
     return tl.load(at, mask=(i < batch)[:, None] & (split < splits)[None, :], other=other)
 
 
-@triton.jit(do_not_specialize=["batch", "splits"])
+@triton.jit(do_not_specialize=["batch", "splits"], do_not_specialize_on_alignment=ROW_VECTORS)
 def epilogue(
     state,
     o,

@@ -8,6 +8,9 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-12)  # norms are clamped from below, as in torch.nn.functional.normalize
+# Vectors with a number for each row of x, often a row of a matrix [n, B], whose address is a multiple of 16 bytes for
+# some B only: kernels that were compiled for that would be compiled again for a ragged last batch.
+ROW_VECTORS = ("labels", "scale", "tau", "cos_y", "g_red", "g_sum", "g_cos_y", "red", "red_low", "factors")
 HALF_UNIT = tl.constexpr(1024.0)  # fp16 tiles of A N' hold this multiple: A ~ 1 / C would be subnormal
 
 
@@ -46,7 +49,7 @@ def power_of_two(top):
 @triton.jit
 def load_slice(w, j_source, d, D, w_row, w_col, WHOLE: tl.constexpr):
     """Columns d of the tile's rows of w, [d, j]."""
-    at = w + j_source[None, :] * w_row + d[:, None] * w_col
+    at = w + j_source[None, :] * w_row + d.to(tl.int64)[:, None] * w_col
     if WHOLE:
         return tl.load(at)
     return tl.load(at, mask=d[:, None] < D, other=0.0)

@@ -1,6 +1,6 @@
 """What the shipped kernels need on each architecture, compiled ahead of time in their default configurations.
 
-test_resources.py holds the rows to a budget, docs/gpu.md shows them.
+test_resources.py holds the rows to a budget, docs/gpu.md shows them. Of what is seldom asked for, or spills, CORNERS.
 """
 
 from typing import NamedTuple
@@ -42,6 +42,33 @@ STEPS = (
         },
     ),
 )  # fmt: skip
+
+
+def _corner(name: str, *where: tuple[int | str, str], **options) -> tuple[Step, tuple[tuple[int | str, str], ...]]:
+    return Step(name, {**SHAPE, **options}), where
+
+
+SWEEP, GRADIENT = SWEEPING
+BIASED = {"bias": True, "need": Need.X | Need.W | Need.BIAS}
+SUMS = {"want": Want.DX | Want.SUM | Want.STATS | Want.DSCALE}
+SOFTPLUS = {**BIASED, "rule": "power", "reduction": "softplus", "want": Want.DX | Want.DSCALE}
+CORNERS = (  # on the architectures, and of the kernels, that have the fewest registers to spare
+    _corner("bf16, K=3", (80, GRADIENT), (90, GRADIENT), dtype=BF16, sub_centers=3),
+    _corner("fp16, K=3", (80, GRADIENT), (120, GRADIENT), dtype=FP16, sub_centers=3),
+    _corner("fp32, K=3", (120, SWEEP), dtype=FP32, sub_centers=3),
+    _corner("fp16, D=500", (80, SWEEP), (80, GRADIENT), (120, SWEEP), ("gfx942", SWEEP), dtype=FP16, dim=500),
+    _corner("bf16, D=500, gauss", (80, SWEEP), dtype=BF16, dim=500, rule="gauss"),
+    _corner("bf16, D=200", (80, SWEEP), dtype=BF16, dim=200),
+    _corner("fp16, D=256", (120, GRADIENT), dtype=FP16, dim=256),
+    _corner("fp16, D=256, gauss", (80, SWEEP), (120, SWEEP), dtype=FP16, dim=256, rule="gauss"),
+    _corner("bf16, D=256, hard mask", (120, SWEEP), dtype=BF16, dim=256, rule="hard"),
+    _corner("fp16, hard mask", (80, GRADIENT), dtype=FP16, rule="hard"),
+    _corner("fp16, gauss", (80, GRADIENT), (120, SWEEP), dtype=FP16, rule="gauss"),
+    _corner("fp16, bias", (90, GRADIENT), (120, SWEEP), dtype=FP16, **BIASED),
+    _corner("bf16, bias", (100, SWEEP), dtype=BF16, **BIASED),
+    _corner("fp16, softplus", (120, SWEEP), dtype=FP16, **SOFTPLUS),
+    _corner("bf16, gauss, every sum", (90, SWEEP), dtype=BF16, rule="gauss", **BIASED, **SUMS),
+)
 
 
 MOMENTUM, ADAMW = Update("sgd", 0.1, weight_decay=5e-4, momentum=0.9), Update("adamw", 1e-3, weight_decay=0.1)

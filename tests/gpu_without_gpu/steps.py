@@ -76,6 +76,7 @@ def shaped_step(
     want=Want.DX,
     need=Need.X | Need.W,
     update=None,
+    index=False,
 ):
     """Forward and backward of the sweep on meta tensors: only the launch code runs. With an update, its step too."""
     new = _new
@@ -86,8 +87,9 @@ def shaped_step(
         rule=rule, reduction=reduction, sub_centers=sub_centers, compute_dtype=dtype, num_classes=classes,
         want=int(want), backend="triton",
     )  # fmt: skip
-    inputs = x, w, labels, scale, tau, offsets, None, new(max(len(RULES[rule].args), 1))
-    if tau is None and not bias and reduction == "logsumexp":
+    chosen = new(classes * sub_centers // 2, dtype=torch.int64) if index else None
+    inputs = x, w, labels, scale, tau, offsets, chosen, new(max(len(RULES[rule].args), 1))
+    if tau is None and not bias and not index and reduction == "logsumexp":
         _, _, aux, o_red = launch.sweep_loss(*inputs[:4], inputs[-1], spec, forms_of(ArcFace()).packed(), "mean")
     else:
         _, _, _, aux, o_red, _ = launch.sweep(*inputs, spec)
@@ -96,4 +98,4 @@ def shaped_step(
         gradients.sweep_backward(vector, vector, vector, *inputs, vector, aux, o_red, new(0), spec, int(need))
     if update:
         call = Call(*[vector] * 3, x, *inputs[2:6], inputs[-1], vector, aux, new(0))
-        gradients.sweep_step(w, _state(update, *w.shape), None, [call], spec, update)
+        gradients.sweep_step(w, _state(update, *w.shape), chosen, [call], spec, update)

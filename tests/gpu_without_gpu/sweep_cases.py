@@ -55,17 +55,19 @@ class Sweep(Inputs):
     def __init__(
         self, rule, operands, layout="plain", bias=True, dim=20, seed=0, *, backend, batch=BATCH, classes=CLASSES
     ):
-        centers = int(layout[0]) if "centers" in layout else 1
+        centers = int(layout.split()[-2]) if "centers" in layout else 1
         super().__init__(batch, classes * centers, dim, rule, False, torch.float32, seed)
         self.backend = backend
         g = torch.Generator().manual_seed(seed + 31)
         self.options, self.changes, self.operands = {}, {"compute_dtype": operands}, operands
         self.labels %= classes
         chosen = classes * 4 // 7
-        if layout == "index":
+        indexed = layout.startswith("index")
+        if indexed:
             index = torch.randperm(classes, generator=g)[:chosen]
             self.labels %= chosen
-            self.options["index"] = self.changes["index"] = index
+            rows = (index[:, None] * centers + torch.arange(centers)).flatten()
+            self.options["index"] = self.changes["index"] = rows
         if layout == "shard":  # some labels lie before it, one names the column after its last class
             self.labels[:2] = torch.tensor([11, 11 + classes])
             self.options["first_class"] = self.changes["first_class"] = 11
@@ -77,7 +79,7 @@ class Sweep(Inputs):
             self.labels = self.labels.repeat_interleave(2)[::2]
             self.leaves["scale"] = torch.tensor(30.0).expand(batch).requires_grad_()
         if bias:
-            self.leaves["bias"] = torch.randn(chosen if layout == "index" else classes, generator=g).requires_grad_()
+            self.leaves["bias"] = torch.randn(chosen if indexed else classes, generator=g).requires_grad_()
         self._separate_centers(centers, g)
         self._keep_clear(rule)
 
@@ -105,18 +107,20 @@ class Sweep(Inputs):
             sign = -1 if rule == "circle" else 1
             self.args[0] = sign * clear_of(found.c.flatten(), *sorted((sign * 0.1, sign * 0.4))).item()
 
-    def check(self, reduction="logsumexp", unit_slope=False, parts=(0, 1, 2), rule=None):
+    def check(self, reduction="logsumexp", unit_slope=False, parts=(0, 1, 2), rule=None, device="cpu"):
         """Under the error rule; or, if one is given, only adds this draw to it."""
         want = int(Want.DX | Want.STATS | Want.DSCALE | (Want.SUM if 2 in parts else 0))
-        x, w, scale = (self.leaves[n] for n in ("x", "w", "scale"))
+        leaves = {name: t.detach().to(device).requires_grad_() for name, t in self.leaves.items()}
+        there = lambda t: None if t is None else t.to(device)  # noqa: E731
         changes = dict(self.changes)
-        index = changes.pop("index", None)
+        labels, tau, index = map(there, (self.labels, self.tau, changes.pop("index", None)))
         spec = self.spec(self.backend, want=want, reduction=reduction, unit_slope=unit_slope, **changes)
-        args = Rule(self.rule, tuple(self.args)).tensor(x)
-        got = ops.sweep(x, w, self.labels, scale, self.tau, self.leaves.get("bias"), index, args, spec)
+        args = Rule(self.rule, tuple(self.args)).tensor(leaves["x"])
+        got = ops.sweep(leaves["x"], leaves["w"], labels, leaves["scale"], tau, leaves.get("bias"), index, args, spec)
         exact, plain = (self._oracle(t, reduction, unit_slope, parts) for t in (torch.float64, torch.float32))
         masks = self.tau is not None
-        found = outputs(*got, masks) | self.gradients(got, self.leaves, parts)
+        got = [t.cpu() for t in got]  # autograd goes back through it
+        found = outputs(*got, masks) | {name: t.cpu() for name, t in self.gradients(got, leaves, parts).items()}
         if 2 not in parts:
             del found["sum_u"], exact["sum_u"], plain["sum_u"]
         pooled = rule or ErrorRule()

@@ -5,6 +5,8 @@ import csv
 import pytest
 
 from bench import gate, gpu, optim
+from fused_margin.kernels import gradients
+from fused_margin.spec import Want
 
 from ... import cases
 
@@ -30,7 +32,7 @@ def test_from_parity_to_picture(tmp_path, capsys):
 
 
 def test_wrong_gradients_get_no_time(tmp_path, monkeypatch):
-    for name in ("parity", "step_parity", "measure_steps"):
+    for name in ("parity", "swept_parity", "step_parity", "measure_steps"):
         monkeypatch.setattr(gpu, name, lambda *args: [])
     monkeypatch.setattr(gate, "TOLERANCE", {"fp32": 1e-12, "bf16": 1e-12})
     assert gpu.main(["--rehearse", "--output", str(tmp_path / "gpu.csv")]) == 1
@@ -38,7 +40,8 @@ def test_wrong_gradients_get_no_time(tmp_path, monkeypatch):
 
 
 def test_wrong_steps_stop_all(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "parity", lambda *args: [])
+    for name in ("parity", "swept_parity"):
+        monkeypatch.setattr(gpu, name, lambda *args: [])
     monkeypatch.setitem(optim.PAIRS, "adamw", (*optim.PAIRS["adamw"][:3], optim.Training.dense))
     assert gpu.main(["--rehearse", "--output", str(tmp_path / "gpu.csv")]) == 1
     assert "SweepAdamW, products in torch.float32: error" in capsys.readouterr().out
@@ -54,3 +57,19 @@ def test_broken_parity_stops_all(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "step_parity", lambda *args: [])
     assert gpu.main(["--rehearse", "--output", str(tmp_path / "gpu.csv")]) == 1
     assert not (tmp_path / "gpu.csv").exists()
+
+
+def test_parity_of_several_chunks(monkeypatch):
+    """It has more than one, an index, sub-centres, an offset and the sum of label smoothing; and finds a lost chunk."""
+    swept, sweep_chunks = [], gradients._sweep_chunks
+    monkeypatch.setattr(gradients, "_sweep_chunks", lambda calls, to: swept.append(calls[0]) or sweep_chunks(calls, to))
+    assert not any(failures for _, failures in gpu.swept_parity("cpu", True))
+    for call in swept:
+        assert call.plan.classes > gradients._CHUNK_CLASSES[0]
+        assert call.given.index is not None
+        assert call.given.bias is not None
+        assert call.plan.spec.sub_centers == 2
+        assert call.plan.spec.want & Want.SUM
+    multiply = gradients.multiply
+    monkeypatch.setattr(gradients, "multiply", lambda a, b, out, add: multiply(a, b, out, False))
+    assert all(failures for _, failures in gpu.swept_parity("cpu", True))

@@ -14,6 +14,7 @@ from fused_margin import ops
 from fused_margin.functional import margin_cross_entropy
 from fused_margin.kernels import configs, forward, gradients, launch, tune
 from fused_margin.kernels.configs import use
+from fused_margin.kernels.plan import Inputs, plan, splits_of
 from fused_margin.spec import Aux, Spec, Want
 
 from ... import cases, oracle
@@ -119,31 +120,37 @@ def test_same_bits_twice():
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("form", ["flash", "chunk"])
+@pytest.mark.parametrize("axis", ["rows", "columns"])
 @pytest.mark.parametrize("far", ["w", "x"])
-def test_offsets_beyond_31_bits(far):
-    """Five rows in a storage of more than 2^31 elements, of which only those rows are touched."""
+def test_offsets_beyond_31_bits(far, axis, form):
+    """Five rows in a storage of more than 2^31 elements, of which only those are touched; or its columns."""
     dim, rows = 20, 5
-    distance = 2**29 + 2**20
+    steps = (2**29 + 2**20, 1) if axis == "rows" else (1, 2**27 + 16)
     with torch.no_grad():
         torch.utils.deterministic.fill_uninitialized_memory = False  # which would touch it all
         try:
-            storage = torch.empty((rows - 1) * distance + dim, dtype=torch.bfloat16)
+            storage = torch.empty((rows - 1) * steps[0] + (dim - 1) * steps[1] + 1, dtype=torch.bfloat16)
         finally:
             torch.utils.deterministic.fill_uninitialized_memory = True
         given = {"x": torch.randn(rows, dim).bfloat16(), "w": torch.randn(rows, dim).bfloat16()}
-        strided = storage.as_strided((rows, dim), (distance, 1))
+        strided = storage.as_strided((rows, dim), steps)
         strided.copy_(given[far])
+    assert storage.numel() > 2**31
     near = [t.requires_grad_() for t in given.values()]
     labels = torch.tensor([4, 0, 4, 2, 3])
     there = [strided.requires_grad_() if n == far else t.detach().requires_grad_() for n, t in given.items()]
-    for a, b in zip(loss_and_gradients(*near, labels), loss_and_gradients(*there, labels), strict=True):
-        assert torch.equal(a, b)
+    with use(device(form)):
+        for a, b in zip(loss_and_gradients(*near, labels), loss_and_gradients(*there, labels), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_more_tiles_than_a_grid_axis_has(monkeypatch):
-    """The last two of 256 splits of 65,540 tiles of 16 classes; the last class is a target."""
-    tiles, shown = 65540, 2
-    classes, first = tiles * 16 - 3, (256 - shown) * tiles // 256 * 16
+    """The last two splits of 65,540 tiles of 16 classes; the last class is a target."""
+    tiles, shown, programs = 65540, 2, 256
+    splits = splits_of(tiles, 1, programs, False)
+    assert splits >= programs
+    classes, first = tiles * 16 - 3, (splits - shown) * tiles // splits * 16
     g = torch.Generator().manual_seed(0)
     x, w = torch.randn(16, 16, generator=g), torch.randn(classes, 16, generator=g)
     labels = torch.full((16,), classes - 1)
@@ -163,7 +170,7 @@ def test_more_tiles_than_a_grid_axis_has(monkeypatch):
             return run(kernel, shown, *args, **constants)
 
     monkeypatch.setattr(launch, "run", last_programs)
-    with use(device(slots=16)._replace(programs=256)):
+    with use(device(slots=16)._replace(programs=programs)):
         got = ops.sweep(
             x, w, labels, torch.full((16,), 20.0), None, None, None, torch.zeros(0), spec(num_classes=classes, want=0)
         )
@@ -316,3 +323,29 @@ def test_tuning_times_each_candidate_once(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     assert [cut.sweep.slots for cut in timed[:3]] == [32, 16, 64]
     assert [cut.gradient.slots for cut in timed[3:]] == [32, 16, 64]
+
+
+def test_tuning_tells_problems_apart(monkeypatch):
+    """What a tile depends on is in the key; candidates that come to one tile are timed once; no jump is tuned."""
+    timed = []
+    monkeypatch.setattr(tune, "_best", {})
+    monkeypatch.setattr(tune, "_time", lambda go, p: timed.append(p) or 0.0)
+    monkeypatch.setenv("FUSED_MARGIN_TRITON_TUNE", "1")
+
+    def count(part, form, bias=None, **changes):
+        before = len(timed)
+        x, w, labels = (t.detach() for t in ring())
+        with use(device(form)):
+            given = Inputs(x, w, labels, bias=bias)
+            tune.tuned(part, plan(given, spec(**changes)), given, lambda p: p)
+        return len(timed) - before
+
+    every = len(tune.CANDIDATES) + 1
+    assert count("sweep", "chunk") == count("gradient", "chunk") == every
+    assert count("sweep", "chunk") == 0
+    assert count("sweep", "chunk", want=int(Want.DX | Want.DSCALE)) == every
+    assert count("sweep", "chunk", reduction="softplus") == every
+    assert count("sweep", "chunk", bias=torch.zeros(CLASSES)) == every
+    as_in_the_forward = {(tile.rows, tile.stages) for tile in (device().half.sweep, *tune.CANDIDATES)}
+    assert count("gradient", "flash") == len(as_in_the_forward) < every
+    assert count("sweep", "chunk", sub_centers=3) == count("sweep", "chunk", rule="hard") == 0
