@@ -97,9 +97,12 @@ class _Utils:
         }
 
     def load_binary(self, name, cubin, shared, device):
-        """module, function, registers, spilled words, threads a block may have with that many registers"""
+        """module, function, registers, spilled words, threads a block may have with that many registers
+
+        Without a module Triton would ask again at each launch.
+        """
         regs, stack = cubin_usage(cubin)
-        return None, None, regs, stack // 4, min(1024, 65536 // (max(regs, 1) * 32) * 32)
+        return name, name, regs, stack // 4, min(1024, 65536 // (max(regs, 1) * 32) * 32)
 
     def unload_module(self, module):
         pass
@@ -152,12 +155,12 @@ class FakeDriver:
 
     def launcher_cls(self, src, metadata):
         def launch(grid_x, grid_y, grid_z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args):
-            grid = (grid_x, grid_y, grid_z)
-            self.launches.append((metadata.name, grid))
-            if self.execute is not None:
+            grid, active = (grid_x, grid_y, grid_z), triton.runtime.driver.active  # a kernel may outlive its first driver
+            active.launches.append((metadata.name, grid))
+            if active.execute is not None:
                 ptx = get_cache_manager(metadata.hash).get_file(f"{src.name[:150]}.ptx")
                 runtime = [a for a, kind in zip(args, src.signature.values(), strict=False) if kind != "constexpr"]
-                self.execute(Path(ptx).read_text(), grid, metadata.num_warps * 32, runtime, smem=metadata.shared)
+                active.execute(Path(ptx).read_text(), grid, metadata.num_warps * 32, runtime, smem=metadata.shared)
 
         return launch
 
