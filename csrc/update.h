@@ -53,10 +53,10 @@ struct Correction {
 
 template <class Ops, class V, class T>
 FM_HOST_DEVICE void update_adamw(const AdamwNumbers<T>& n, const Correction<T>& c, V grad, V& w, V& mean, V& square) {
-  w *= n.keep;
   mean += n.own1 * (grad - mean);
   square = n.beta2 * square + n.own2 * grad * grad;
-  w -= c.size * mean / (Ops::root(square) * c.root_scale + n.eps);
+  const V root = Ops::root(square) * c.root_scale + n.eps;
+  w = n.keep * w - c.size * mean / root;
 }
 
 }  // namespace fused_margin

@@ -8,6 +8,7 @@ namespace fused_margin {
 namespace gpu {
 
 constexpr int kRowThreads = 128, kRowsOfBlock = kRowThreads / 32;
+constexpr int kBusyBlocks = 5;  // at least, on a multiprocessor, of kernels that wait for memory only: 96 registers
 
 __device__ __forceinline__ int lane_of() { return int(threadIdx.x) % 32; }
 __device__ __forceinline__ int64_t row_of_warp() { return int64_t(blockIdx.x) * kRowsOfBlock + threadIdx.x / 32; }

@@ -161,18 +161,19 @@ struct StoredRow {
   }
 };
 
-__global__ void __launch_bounds__(kRowThreads, 4) finish_weights_kernel(const FinishWeights f) {
+__global__ void __launch_bounds__(kRowThreads, kBusyBlocks) finish_weights_kernel(const FinishWeights f) {
   const int64_t local = row_of_warp();
   if (local >= f.rows) return;
   finish_row(f, local, source_row(f.p, f.first_row + local), StoredRow{f.d_w, local});
 }
 
-__global__ void __launch_bounds__(kRowThreads, 4) update_weights_kernel(const UpdateWeights u) {
+template <Optimizer optimizer>
+__global__ void __launch_bounds__(kRowThreads, kBusyBlocks) update_weights_kernel(const UpdateWeights u) {
   const FinishWeights& f = u.finish;
   const int64_t local = row_of_warp();
   if (local >= f.rows) return;
   const int64_t source = source_row(f.p, f.first_row + local);
-  finish_row(f, local, source, UpdatedRow(u.update, source, f.p.dim));
+  finish_row(f, local, source, UpdatedRow<optimizer>(u.update, source, f.p.dim));
 }
 
 // A thread a class.

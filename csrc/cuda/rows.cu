@@ -60,10 +60,16 @@ cudaError_t run(const FinishWeights& f, cudaStream_t stream) {
 }
 
 cudaError_t run(const UpdateWeights& u, cudaStream_t stream) {
-  return launch_rows(update_weights_kernel, u.finish.rows, stream, u);
+  const auto kernel = u.update.optimizer == Optimizer::sgd ? update_weights_kernel<Optimizer::sgd>
+                                                           : update_weights_kernel<Optimizer::adamw>;
+  return launch_rows(kernel, u.finish.rows, stream, u);
 }
 
-cudaError_t run(const UpdateRows& u, cudaStream_t stream) { return launch_rows(update_rows_kernel, u.rows, stream, u); }
+cudaError_t run(const UpdateRows& u, cudaStream_t stream) {
+  const auto kernel =
+      u.update.optimizer == Optimizer::sgd ? update_rows_kernel<Optimizer::sgd> : update_rows_kernel<Optimizer::adamw>;
+  return launch_rows(kernel, u.rows, stream, u);
+}
 
 cudaError_t run(const CountSteps& c, cudaStream_t stream) {
   const dim3 blocks(unsigned(div_up(c.rows, kRowThreads)));

@@ -46,7 +46,7 @@ PLANTED = {
     "gradients of earlier calls lost": Planted(
         "row_gradients.cuh", "earlier ? c.earlier + d_w : d_w", "d_w", source="rows.cu"
     ),
-    "dampened at first": Planted("update.cuh", "} else if (t == 1) {", "} else if (t == 0) {", source="rows.cu"),
+    "dampened at first": Planted("update.cuh", "else if (t == 1)", "else if (t == 0)", source="rows.cu"),
     "a weight that changes before the last call has read it": Planted(
         "ops.cpp", "if (made.update && c == calls.back()) {", "if (made.update) {", source="ops.cpp"
     ),
