@@ -5,7 +5,7 @@
 //          w -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)        t: the steps that the row has seen
 //
 // Shared by host and device: V is a scalar or a vector type of T, Ops has `root(v)` for it. On the CPU, include it after
-// the instruction set is chosen.
+// the instruction set is chosen. noexcept: what might throw splits a loop's body, and g++ contracts to fma within parts.
 #pragma once
 
 #include "codes.h"
@@ -26,7 +26,7 @@ FM_HOST_DEVICE SgdNumbers<T> sgd_numbers(const Hyper& h, bool first) {
 }
 
 template <class V, class T>
-FM_HOST_DEVICE void update_sgd(const SgdNumbers<T>& n, bool has_mean, V grad, V& w, V& mean) {
+FM_HOST_DEVICE void update_sgd(const SgdNumbers<T>& n, bool has_mean, V grad, V& w, V& mean) noexcept {
   grad += n.decay * w;
   if (has_mean) {
     mean = n.momentum * mean + n.own * grad;
@@ -52,11 +52,12 @@ struct Correction {
 };
 
 template <class Ops, class V, class T>
-FM_HOST_DEVICE void update_adamw(const AdamwNumbers<T>& n, const Correction<T>& c, V grad, V& w, V& mean, V& square) {
+FM_HOST_DEVICE void update_adamw(const AdamwNumbers<T>& n, const Correction<T>& c, V grad, V& w, V& mean,
+                                 V& square) noexcept {
+  w *= n.keep;
   mean += n.own1 * (grad - mean);
   square = n.beta2 * square + n.own2 * grad * grad;
-  const V root = Ops::root(square) * c.root_scale + n.eps;
-  w = n.keep * w - c.size * mean / root;
+  w -= c.size * mean / (Ops::root(square) * c.root_scale + n.eps);
 }
 
 }  // namespace fused_margin

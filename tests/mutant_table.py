@@ -188,7 +188,7 @@ MUTANTS = [
         "csrc/update.h",
         ("kernel_dampens_at_first", "first ? T(1) : T(1 - h.dampening)", "T(1 - h.dampening)"),
         ("kernel_nesterov_ignored", "n.nesterov ? grad + n.momentum * mean : mean", "mean"),
-        ("kernel_decay_forgotten", "w = n.keep * w - ", "w = w - "),
+        ("kernel_decay_forgotten", "  w *= n.keep;\n", ""),
     ),
     *_in(
         "csrc/cpu/update_row.h",

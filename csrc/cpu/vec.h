@@ -81,7 +81,7 @@ FM_INLINE Vec<double> exponential(Vec<double> v) {
   return e;
 }
 
-FM_INLINE Vec<float> root(Vec<float> v) {
+FM_INLINE Vec<float> root(Vec<float> v) noexcept {
 #if defined(__x86_64__) && FM_VECTOR_BYTES == 64
   return (Vec<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
 #elif defined(__x86_64__) && FM_VECTOR_BYTES == 32
@@ -93,7 +93,7 @@ FM_INLINE Vec<float> root(Vec<float> v) {
   return v;
 #endif
 }
-FM_INLINE Vec<double> root(Vec<double> v) {
+FM_INLINE Vec<double> root(Vec<double> v) noexcept {
   for (int64_t l = 0; l < kLanes<double>; l++) v[l] = std::sqrt(v[l]);
   return v;
 }
@@ -109,7 +109,7 @@ struct Ops {
     return FM_ISA::exponential(v);
   }
   template <class V>
-  static FM_INLINE V root(V v) {
+  static FM_INLINE V root(V v) noexcept {
     return FM_ISA::root(v);
   }
 };
