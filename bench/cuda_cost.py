@@ -78,7 +78,7 @@ def _of_launch(launch: Launch, batch: int, classes: int, dim: int) -> list[Cost]
         read = batch * rows * _HALF + rows_of_x
         return [gradient, Cost(GEMM, read, rows * w_row, 2.0 * batch * rows * dim, True)]
     if launch.name == "finish_weights":
-        rows = numbers[-14]  # six pointers, a vector and a matrix follow
+        rows = numbers[-15]  # six pointers, a vector, a pointer and a matrix follow
         return [Cost("finish_weights", 2 * rows * w_row, rows * w_row)]
     if launch.name == "unit_weights":
         rows = numbers[-2]

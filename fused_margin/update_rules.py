@@ -3,7 +3,7 @@
 sgd    g += decay w    m = momentum m + (1 - dampening) g    w -= lr (nesterov ? g + momentum m : m)
 adamw  w -= lr decay w    m += (1 - beta1) (g - m)    v = beta2 v + (1 - beta2) g^2
        w -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)        t: the steps that the row has seen
-csrc/cpu/update.h has the same for the CPU, kernels/update.py for a GPU; tests hold them together.
+csrc/update.h has the same for the C++ and CUDA kernels, kernels/update.py for Triton's; tests hold them together.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-OPTIMIZERS = {"sgd": 0, "adamw": 1}  # the codes in csrc/cpu/update.h
+OPTIMIZERS = {"sgd": 0, "adamw": 1}  # the codes in csrc/hyper.h
 _CHUNK = 2**22  # numbers of the weights that are in work at one time
 
 

@@ -186,10 +186,13 @@ MUTANTS = [
         ("kernel_ragged_dimension_lost", "else if (room > 0)", "else if (false)"),
     ),
     *_in(
-        "csrc/cpu/update_row.h",
+        "csrc/update.h",
         ("kernel_dampens_at_first", "first ? T(1) : T(1 - h.dampening)", "T(1 - h.dampening)"),
-        ("kernel_nesterov_ignored", "h.nesterov ? grad + momentum * mean : mean", "mean"),
-        ("kernel_decay_forgotten", "    at *= keep;\n", ""),
+        ("kernel_nesterov_ignored", "n.nesterov ? grad + n.momentum * mean : mean", "mean"),
+        ("kernel_decay_forgotten", "  w *= n.keep;\n", ""),
+    ),
+    *_in(
+        "csrc/cpu/update_row.h",
         ("kernel_correction_of_another_row", "if (steps == t) return;", "if (t) return;"),
         ("kernel_ends_of_rows_stay", "if (d == dim) return;", "return;"),
         ("kernel_steps_by_sub_centres", "if (u.step && row % u.together == u.together - 1)", "if (u.step)"),

@@ -56,7 +56,7 @@ def test_triton_goes_first():
 
 def test_registered_where_built():
     """The extension's CUDA kernels, or none: never a part of them. They load where torch has no CUDA."""
-    operators = ("target_cosine", "sweep", "sweep_loss", "sweep_backward")
+    operators = ("target_cosine", "sweep", "sweep_loss", "sweep_backward", "update_rows", "sweep_step")
     found = {torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_margin_cuda::{op}", "CUDA") for op in operators}
     assert found == {cuda._built()}
 

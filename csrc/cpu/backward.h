@@ -169,7 +169,7 @@ struct UpdateWeights {
   }
   T* place(int64_t, int64_t, T* buffer) const { return buffer; }
   void finish(const Tile<T>& t, int64_t first, int64_t dim, T* d_w) const {
-    Correction<T> correction;
+    LastCorrection<T> correction;
     for (int64_t r = 0; r < t.rows; r++)
       update_row(update, first + r, dim, d_w + r * dim, const_cast<T*>(t.source[r]), correction);
   }

@@ -1,14 +1,6 @@
 // The operators of the optimizers: a step with gradients in memory, and one that runs the dW sweep itself.
 // Included inside the namespace of ops.cpp; never on its own.
 
-// As backends/cpu.py packs an Update.
-struct Hyperparameters {
-  int64_t optimizer;
-  double lr, weight_decay, momentum, dampening;
-  bool nesterov;
-  double beta1, beta2, eps;
-};
-
 // Where the state lies; it has the weights' shape, `step` one value a row.
 struct StateTensors {
   MaybeTensor &m, &v, &step;
@@ -16,7 +8,7 @@ struct StateTensors {
 
 // `index`: the rows to update, rising, so that no two tasks write the same one.
 template <class T>
-RowUpdate<T> row_update(Tensor& w, const StateTensors& state, const MaybeTensor& index, const Hyperparameters& h) {
+RowUpdate<T> row_update(Tensor& w, const StateTensors& state, const MaybeTensor& index, const Hyper& hyper) {
   const Weights rows = rows_of(w, index);
   for (int64_t i = 1, n = index ? index->numel() : 0; i < n; i++)
     STD_TORCH_CHECK(rows.index[i - 1] < rows.index[i], "fused_margin: rows to update must rise, but [", i - 1,
@@ -28,15 +20,6 @@ RowUpdate<T> row_update(Tensor& w, const StateTensors& state, const MaybeTensor&
                     "weights and float32 for others");
     return t->mutable_data_ptr<T>();
   };
-  const Hyper hyper{static_cast<Optimizer>(h.optimizer),
-                    h.lr,
-                    h.weight_decay,
-                    h.momentum,
-                    h.dampening,
-                    h.nesterov,
-                    h.beta1,
-                    h.beta2,
-                    h.eps};
   RowUpdate<T> u{hyper, rows, w.mutable_data_ptr(), matrix(state.m), matrix(state.v), nullptr, 1};
   if (state.step) {
     u.together = w.size(0) / std::max<int64_t>(state.step->numel(), 1);
@@ -53,7 +36,7 @@ RowUpdate<T> row_update(Tensor& w, const StateTensors& state, const MaybeTensor&
 void update_rows(Tensor w, MaybeTensor m, MaybeTensor v, MaybeTensor step, MaybeTensor index, Tensor grad,
                  int64_t optimizer, double lr, double weight_decay, double momentum, double dampening, bool nesterov,
                  double beta1, double beta2, double eps) {
-  const Hyperparameters h{optimizer, lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps};
+  const Hyper h{Optimizer(optimizer), lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps};
   by_type(w, [&](auto type) {
     using T = decltype(type);
     const RowUpdate<T> u = row_update<T>(w, {m, v, step}, index, h);
@@ -80,7 +63,7 @@ void sweep_step(Tensor w, MaybeTensor m, MaybeTensor v, MaybeTensor step, MaybeT
                 double eps) {
   const Options o{rule, unit_slope,  reduction,   sub_centers,  normalize_x, normalize_w,
                   bf16, num_classes, first_class, ignore_index, want};
-  const Hyperparameters h{optimizer, lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps};
+  const Hyper h{Optimizer(optimizer), lr, weight_decay, momentum, dampening, nesterov, beta1, beta2, eps};
   by_type(w, [&](auto type) {
     using T = decltype(type);
     const RowUpdate<T> u = row_update<T>(w, {m, v, step}, index, h);

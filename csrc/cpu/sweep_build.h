@@ -1,6 +1,7 @@
 // Builds the sweep in a namespace of its own for the instruction set FM_ISA; included once by each sweep_*.cpp.
 
 #include "../rules.h"
+#include "../update.h"
 
 #define FM_JOIN_(a, b) a##b
 #define FM_JOIN(a, b) FM_JOIN_(a, b)

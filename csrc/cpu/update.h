@@ -1,22 +1,10 @@
-// An optimizer's step on rows of the class weights and of its own state, as raw pointers.
-//
-//   sgd    g += decay w    m = momentum m + (1 - dampening) g    w -= lr (nesterov ? g + momentum m : m)
-//   adamw  w -= lr decay w    m += (1 - beta1) (g - m)    v = beta2 v + (1 - beta2) g^2
-//          w -= lr m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)        t: the steps that the row has seen
+// An optimizer's step on rows of the class weights and of its own state, as raw pointers. Its formulas: ../update.h.
 #pragma once
 
+#include "../hyper.h"
 #include "problem.h"
 
 namespace fused_margin {
-
-enum class Optimizer { sgd, adamw };  // as in fused_margin/updates.py
-
-struct Hyper {
-  Optimizer optimizer;
-  double lr, weight_decay, momentum, dampening;
-  bool nesterov;
-  double beta1, beta2, eps;
-};
 
 // T is the type of the state and of the arithmetic; 16-bit weights are rounded to nearest, ties to even.
 template <class T>

@@ -1,22 +1,5 @@
-// One row of weights and state, given its gradient; see update.h.
+// One row of weights and state, given its gradient; see ../update.h.
 // Included inside the namespace of an instruction set; never on its own.
-
-FM_INLINE Vec<float> root(Vec<float> v) {
-#if defined(__x86_64__) && FM_VECTOR_BYTES == 64
-  return (Vec<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
-#elif defined(__x86_64__) && FM_VECTOR_BYTES == 32
-  return (Vec<float>)_mm256_sqrt_ps((__m256)v);
-#elif defined(__x86_64__)
-  return (Vec<float>)_mm_sqrt_ps((__m128)v);
-#else
-  for (int64_t l = 0; l < kLanes<float>; l++) v[l] = std::sqrt(v[l]);
-  return v;
-#endif
-}
-FM_INLINE Vec<double> root(Vec<double> v) {
-  for (int64_t l = 0; l < kLanes<double>; l++) v[l] = std::sqrt(v[l]);
-  return v;
-}
 
 // f on vectors of up to four arrays in place; what is left of the row goes through a padded copy.
 template <class T, class F>
@@ -41,57 +24,36 @@ FM_INLINE void by_vectors(int64_t dim, T* g, T* w, T* m, T* v, const F& f) {
     if (rows[k]) std::copy_n(rest[k], dim - d, rows[k] + d);
 }
 
-// What depends on a row's number of steps t alone; rows next to each other mostly have seen the same.
+// Rows next to each other mostly have seen the same number of steps t.
 template <class T>
-struct Correction {
+struct LastCorrection {
   double t = 0;
-  T size, root_scale;  // lr / (1 - beta1^t), 1 / sqrt(1 - beta2^t)
+  Correction<T> value;
 
   void at(const Hyper& h, double steps) {
     if (steps == t) return;
     t = steps;
-    size = T(h.lr / (1 - std::pow(h.beta1, t)));
-    root_scale = T(1 / std::sqrt(1 - std::pow(h.beta2, t)));
+    value = {T(h.lr / (1 - std::pow(h.beta1, t))), T(1 / std::sqrt(1 - std::pow(h.beta2, t)))};
   }
 };
 
-template <class T>
-void update_sgd(const Hyper& h, bool first, int64_t dim, T* g, T* w, T* m) {
-  const T lr = T(h.lr), decay = T(h.weight_decay), momentum = T(h.momentum), own = first ? T(1) : T(1 - h.dampening);
-  by_vectors<T>(dim, g, w, m, nullptr, [&](Vec<T> grad, Vec<T>& at, Vec<T>& mean, Vec<T>&) {
-    grad += decay * at;
-    if (m) {
-      mean = momentum * mean + own * grad;
-      grad = h.nesterov ? grad + momentum * mean : mean;
-    }
-    at -= lr * grad;
-  });
-}
-
-template <class T>
-void update_adamw(const Hyper& h, const Correction<T>& c, int64_t dim, T* g, T* w, T* m, T* v) {
-  const T keep = T(1 - h.lr * h.weight_decay), own1 = T(1 - h.beta1), beta2 = T(h.beta2), own2 = T(1 - h.beta2);
-  const T eps = T(h.eps);
-  by_vectors<T>(dim, g, w, m, v, [&](Vec<T> grad, Vec<T>& at, Vec<T>& mean, Vec<T>& square) {
-    at *= keep;
-    mean += own1 * (grad - mean);
-    square = beta2 * square + own2 * grad * grad;
-    at -= c.size * mean / (root(square) * c.root_scale + eps);
-  });
-}
-
 // Row r with the gradient g [dim]. `w`: the row's values as T, which may be the row itself; else they are overwritten.
 template <class T>
-void update_row(const RowUpdate<T>& u, int64_t r, int64_t dim, T* g, T* w, Correction<T>& correction) {
+void update_row(const RowUpdate<T>& u, int64_t r, int64_t dim, T* g, T* w, LastCorrection<T>& correction) {
   const int64_t row = row_number(u.w, r);
   T *m = u.m ? u.m + row * dim : nullptr, *v = u.v ? u.v + row * dim : nullptr;
   const float before = u.step ? u.step[row / u.together] : 0;
   if (u.step && row % u.together == u.together - 1) u.step[row / u.together] = before + 1;
   if (u.h.optimizer == Optimizer::sgd) {
-    update_sgd(u.h, u.step && before == 0, dim, g, w, m);
+    const SgdNumbers<T> n = sgd_numbers<T>(u.h, u.step && before == 0);
+    by_vectors<T>(dim, g, w, m, nullptr,
+                  [&](Vec<T> grad, Vec<T>& at, Vec<T>& mean, Vec<T>&) { update_sgd(n, m, grad, at, mean); });
   } else {
     correction.at(u.h, double(before) + 1);
-    update_adamw(u.h, correction, dim, g, w, m, v);
+    const AdamwNumbers<T> n = adamw_numbers<T>(u.h);
+    by_vectors<T>(dim, g, w, m, v, [&](Vec<T> grad, Vec<T>& at, Vec<T>& mean, Vec<T>& square) {
+      update_adamw<Ops>(n, correction.value, grad, at, mean, square);
+    });
   }
   storage::visit(u.w.storage, [&](auto type) {
     using S = decltype(type);
@@ -109,7 +71,7 @@ void update_rows(const RowUpdate<T>& u, const Weights& grad, int64_t rows, int64
   parallel(div_up(rows, kUpdateRows), [&](int64_t task) {
     Scratch scratch(2 * Scratch::room<T>(dim));
     T *g = scratch.take<T>(dim), *copy = scratch.take<T>(dim);
-    Correction<T> correction;
+    LastCorrection<T> correction;
     for (int64_t r = task * kUpdateRows; r < std::min(rows, (task + 1) * kUpdateRows); r++) {
       read_row(grad, r, dim, g);
       update_row(u, r, dim, g, const_cast<T*>(row_of(u.w, r, dim, copy)), correction);

@@ -81,7 +81,24 @@ FM_INLINE Vec<double> exponential(Vec<double> v) {
   return e;
 }
 
-// What the rules of rules.h need.
+FM_INLINE Vec<float> root(Vec<float> v) noexcept {
+#if defined(__x86_64__) && FM_VECTOR_BYTES == 64
+  return (Vec<float>)_mm512_maskz_sqrt_ps(0xffff, (__m512)v);
+#elif defined(__x86_64__) && FM_VECTOR_BYTES == 32
+  return (Vec<float>)_mm256_sqrt_ps((__m256)v);
+#elif defined(__x86_64__)
+  return (Vec<float>)_mm_sqrt_ps((__m128)v);
+#else
+  for (int64_t l = 0; l < kLanes<float>; l++) v[l] = std::sqrt(v[l]);
+  return v;
+#endif
+}
+FM_INLINE Vec<double> root(Vec<double> v) noexcept {
+  for (int64_t l = 0; l < kLanes<double>; l++) v[l] = std::sqrt(v[l]);
+  return v;
+}
+
+// What the formulas of rules.h and update.h need.
 struct Ops {
   template <class M, class V>
   static FM_INLINE V select(M mask, V a, V b) {
@@ -90,6 +107,10 @@ struct Ops {
   template <class V>
   static FM_INLINE V exponential(V v) {
     return FM_ISA::exponential(v);
+  }
+  template <class V>
+  static FM_INLINE V root(V v) noexcept {
+    return FM_ISA::root(v);
   }
 };
 

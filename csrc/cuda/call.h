@@ -96,6 +96,12 @@ inline Tensor make(const Tensor& like, std::vector<int64_t> shape, ScalarType ty
   return torch::stable::new_empty(like, shape, type);
 }
 
+// The first rows and columns of a matrix.
+inline Tensor corner(Tensor t, int64_t rows, int64_t columns) {
+  Tensor of_rows = torch::stable::narrow(t, 0, 0, rows);
+  return torch::stable::narrow(of_rows, 1, 0, columns);
+}
+
 inline float* floats(Tensor& t) { return t.mutable_data_ptr<float>(); }
 inline int* ints(Tensor& t) { return t.mutable_data_ptr<int>(); }
 

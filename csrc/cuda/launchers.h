@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../margins.h"
+#include "../update.h"
 #include "arch.cuh"
 #include "problem.h"
 
@@ -82,7 +83,40 @@ struct FinishWeights {
   const float *unit, *inverse_x;
   const int *order, *sorted_class, *target_row;
   Vector g_cos_y;
-  Matrix d_w;  // its first of these rows
+  const float* earlier;  // [rows, dim] gradients of other calls, which are added; or null. It may be d_w
+  Matrix d_w;            // its first of these rows
+};
+
+// An optimizer's step on rows of w and of its state; with `index`, row r is row index[r] of both.
+struct Update {
+  Matrix w;
+  const int64_t* index;  // rising: a row that came twice would have two writers
+  float *m, *v;          // [rows of w, dim] or null
+  float* step;           // [rows of w / together] or null; updates read counts that have this step in them
+  int64_t together;      // rows, one after the other, that have their steps in common: a class's sub-centres
+  Optimizer optimizer;
+  SgdNumbers<float> sgd;  // of a row that has had a step before
+  AdamwNumbers<float> adamw;
+  float lr, log_beta1, log_beta2;
+};
+
+// One more step for the counts of these rows.
+struct CountSteps {
+  Update update;
+  int64_t rows;
+};
+
+// The gradients in memory, row r of `grad` being that of row r.
+struct UpdateRows {
+  Update update;
+  int64_t rows, dim;
+  Matrix grad;
+};
+
+// The gradients are finished, and used up at once; `finish.d_w` is not read.
+struct UpdateWeights {
+  FinishWeights finish;
+  Update update;
 };
 
 struct FinishBias {
@@ -114,6 +148,9 @@ cudaError_t run(const Loss&, cudaStream_t);
 cudaError_t run(const BackwardRows&, cudaStream_t);
 cudaError_t run(const UnitWeights&, cudaStream_t);
 cudaError_t run(const FinishWeights&, cudaStream_t);
+cudaError_t run(const CountSteps&, cudaStream_t);
+cudaError_t run(const UpdateRows&, cudaStream_t);
+cudaError_t run(const UpdateWeights&, cudaStream_t);
 cudaError_t run(const FinishBias&, cudaStream_t);
 cudaError_t run(const FinishX&, cudaStream_t);
 cudaError_t run(const Add&, cudaStream_t);

@@ -8,6 +8,7 @@ namespace fused_margin {
 namespace gpu {
 
 constexpr int kRowThreads = 128, kRowsOfBlock = kRowThreads / 32;
+constexpr int kBusyBlocks = 5;  // at least, on a multiprocessor, of kernels that wait for memory only: 96 registers
 
 __device__ __forceinline__ int lane_of() { return int(threadIdx.x) % 32; }
 __device__ __forceinline__ int64_t row_of_warp() { return int64_t(blockIdx.x) * kRowsOfBlock + threadIdx.x / 32; }
@@ -16,6 +17,22 @@ template <class F>
 __device__ __forceinline__ void each_column(int64_t dim, const F& f) {
 #pragma unroll 4
   for (int64_t d = lane_of(); d < dim; d += 32) f(d);
+}
+
+// use(d, read(d)) for them, some being read before any is used: a store to memory that the compiler cannot tell from
+// what is read next would make each column wait for its own reads.
+template <class Read, class Use>
+__device__ __forceinline__ void each_column_ahead(int64_t dim, const Read& read, const Use& use) {
+  constexpr int kAhead = 4;
+  int64_t d = lane_of();
+  for (; d + 32 * (kAhead - 1) < dim; d += 32 * kAhead) {
+    decltype(read(d)) found[kAhead];
+#pragma unroll
+    for (int k = 0; k < kAhead; k++) found[k] = read(d + 32 * k);
+#pragma unroll
+    for (int k = 0; k < kAhead; k++) use(d + 32 * k, found[k]);
+  }
+  for (; d < dim; d += 32) use(d, read(d));
 }
 
 // The same bits in every lane.

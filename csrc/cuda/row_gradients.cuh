@@ -3,11 +3,13 @@
 // backward_rows_kernel  the coefficients of G, x_hat times what G leaves out, the rows in the order of their targets
 // unit_weights_kernel   rows of w normalised, for the product with G that gives dX
 // finish_weights_kernel dW_j = (h_j - (h_j . w_hat_j) w_hat_j) / |w_j|,  h_j the product with G and the targets' share
+// update_weights_kernel the same, used up by an optimizer's step on w_j in the place of being stored
 // finish_bias_kernel    the columns' sums
 // finish_x_kernel       dX_i = (h_i - (h_i . x_hat_i) x_hat_i) / |x_i|,  h_i = f_i O_i + g_cos_y w_hat_y
 #pragma once
 
 #include "row.cuh"
+#include "update.cuh"
 
 namespace fused_margin {
 namespace gpu {
@@ -101,27 +103,32 @@ __device__ __forceinline__ int64_t lower_bound(const int* sorted, int64_t n, int
   return low;
 }
 
-__global__ void __launch_bounds__(kRowThreads, 4) finish_weights_kernel(const FinishWeights f) {
+// A row, by the warp that has it: taker.take(column, w, dW, what taker.read(column) gave) for each of a lane's columns.
+// `source`: where the row lies in w.
+template <class Taker>
+__device__ __forceinline__ void finish_row(const FinishWeights& f, int64_t local, int64_t source, const Taker& taker) {
   const Problem& p = f.p;
-  const int64_t local = row_of_warp();
-  if (local >= f.rows) return;
-  const int64_t row = f.first_row + local, source = source_row(p, row);
+  const int64_t row = f.first_row + local;
   const int class_ = int(row / p.sub_centers);
   const int64_t begin = lower_bound(f.sorted_class, p.batch, class_);
   const int64_t end = lower_bound(f.sorted_class, p.batch, class_ + 1);  // rows whose target the class is
   const float unit = p.operand == Storage::f16 ? *f.unit / kHalfUnit : 1.0f;
   float* products = f.products + local * p.dim;
+  const float* earlier = f.earlier ? f.earlier + local * p.dim : nullptr;
+  struct Column {
+    float h, w;
+  };
+  const auto read_column = [&](int64_t d) { return Column{products[d], at(p.w, source, d)}; };
   float square = 0, along = 0;
-  each_column(p.dim, [&](int64_t d) {
-    float h = products[d] * unit;
+  each_column_ahead(p.dim, read_column, [&](int64_t d, const Column& c) {
+    float h = c.h * unit;
     for (int64_t k = begin; k < end; k++) {
       const int64_t i = f.order[k];
       if (f.target_row[i] == row) h += at(f.g_cos_y, i) * (at(p.x, i, d) * f.inverse_x[i]);
     }
     products[d] = h;
-    const float w = at(p.w, source, d);
-    square = fmaf(w, w, square);
-    along = fmaf(h, w, along);
+    square = fmaf(c.w, c.w, square);
+    along = fmaf(h, c.w, along);
   });
   float inverse = 1, back = 0;
   if (p.normalize_w) {
@@ -129,10 +136,44 @@ __global__ void __launch_bounds__(kRowThreads, 4) finish_weights_kernel(const Fi
     inverse = inverse_norm(square);
     back = sqrtf(square) < kEps ? 0.0f : over_warp(along) * inverse;  // a clamped norm is a constant
   }
-  each_column(p.dim, [&](int64_t d) {
-    const float h = (products[d] - back * (at(p.w, source, d) * inverse)) * inverse;
-    write(f.d_w.data, f.d_w.storage, local * f.d_w.row + d * f.d_w.col, h);
-  });
+  struct Finished {
+    Column column;
+    float earlier;
+    decltype(taker.read(0)) more;
+  };
+  each_column_ahead(
+      p.dim, [&](int64_t d) { return Finished{read_column(d), earlier ? earlier[d] : 0.0f, taker.read(d)}; },
+      [&](int64_t d, const Finished& c) {
+        const float d_w = (c.column.h - back * (c.column.w * inverse)) * inverse;
+        taker.take(d, c.column.w, earlier ? c.earlier + d_w : d_w, c.more);
+      });
+}
+
+// The taker that writes dW, as the result or for another call to be added.
+struct StoredRow {
+  const Matrix& d_w;
+  int64_t row;
+  struct Nothing {};
+
+  __device__ __forceinline__ Nothing read(int64_t) const { return {}; }
+  __device__ __forceinline__ void take(int64_t d, float, float value, Nothing) const {
+    write(d_w.data, d_w.storage, row * d_w.row + d * d_w.col, value);
+  }
+};
+
+__global__ void __launch_bounds__(kRowThreads, kBusyBlocks) finish_weights_kernel(const FinishWeights f) {
+  const int64_t local = row_of_warp();
+  if (local >= f.rows) return;
+  finish_row(f, local, source_row(f.p, f.first_row + local), StoredRow{f.d_w, local});
+}
+
+template <Optimizer optimizer>
+__global__ void __launch_bounds__(kRowThreads, kBusyBlocks) update_weights_kernel(const UpdateWeights u) {
+  const FinishWeights& f = u.finish;
+  const int64_t local = row_of_warp();
+  if (local >= f.rows) return;
+  const int64_t source = source_row(f.p, f.first_row + local);
+  finish_row(f, local, source, UpdatedRow<optimizer>(u.update, source, f.p.dim));
 }
 
 // A thread a class.

@@ -59,6 +59,23 @@ cudaError_t run(const FinishWeights& f, cudaStream_t stream) {
   return launch_rows(finish_weights_kernel, f.rows, stream, f);
 }
 
+cudaError_t run(const UpdateWeights& u, cudaStream_t stream) {
+  const auto kernel = u.update.optimizer == Optimizer::sgd ? update_weights_kernel<Optimizer::sgd>
+                                                           : update_weights_kernel<Optimizer::adamw>;
+  return launch_rows(kernel, u.finish.rows, stream, u);
+}
+
+cudaError_t run(const UpdateRows& u, cudaStream_t stream) {
+  const auto kernel =
+      u.update.optimizer == Optimizer::sgd ? update_rows_kernel<Optimizer::sgd> : update_rows_kernel<Optimizer::adamw>;
+  return launch_rows(kernel, u.rows, stream, u);
+}
+
+cudaError_t run(const CountSteps& c, cudaStream_t stream) {
+  const dim3 blocks(unsigned(div_up(c.rows, kRowThreads)));
+  return c.rows && c.update.step ? launch(count_steps_kernel, blocks, kRowThreads, 0, stream, c) : cudaSuccess;
+}
+
 cudaError_t run(const FinishBias& f, cudaStream_t stream) {
   return launch(finish_bias_kernel, dim3(unsigned(div_up(f.classes, kRowThreads))), kRowThreads, 0, stream, f);
 }

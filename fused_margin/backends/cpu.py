@@ -44,21 +44,27 @@ def sweep_schemas(operands: str, keeps: bool) -> list[str]:
     ]
 
 
+def step_schemas(operands: str) -> list[str]:
+    """Of the optimizers' operators, as `sweep_schemas`."""
+    state = "Tensor(a!) w, Tensor(b!)? m, Tensor(c!)? v, Tensor(d!)? step, Tensor? index"
+    update = (
+        "int optimizer, float lr, float weight_decay, float momentum, float dampening, bool nesterov, float beta1, "
+        "float beta2, float eps"
+    )
+    calls = (
+        "Tensor[] g_red, Tensor[] g_cos_y, Tensor[] g_sum_u, Tensor[] x, Tensor[] labels, Tensor[] scale, "
+        "Tensor[] tau, Tensor[] bias, Tensor[] rule_args, Tensor[] red, Tensor[] aux, Tensor[] kept"
+    )
+    return [
+        f"update_rows({state}, Tensor grad, {update}) -> ()",
+        f"sweep_step({state}, {calls}, {_spec_schema(operands)}, {update}) -> ()",
+    ]
+
+
 _OPERANDS = "bool bf16"
 _library = torch.library.Library("fused_margin_cpu", "DEF")
-for _schema in sweep_schemas(_OPERANDS, keeps=True):
+for _schema in (*sweep_schemas(_OPERANDS, keeps=True), *step_schemas(_OPERANDS)):
     _library.define(_schema)
-_STATE = "Tensor(a!) w, Tensor(b!)? m, Tensor(c!)? v, Tensor(d!)? step, Tensor? index"
-_UPDATE = (
-    "int optimizer, float lr, float weight_decay, float momentum, float dampening, bool nesterov, float beta1, "
-    "float beta2, float eps"
-)
-_library.define(f"update_rows({_STATE}, Tensor grad, {_UPDATE}) -> ()")
-_library.define(
-    f"sweep_step({_STATE}, Tensor[] g_red, Tensor[] g_cos_y, Tensor[] g_sum_u, Tensor[] x, Tensor[] labels, "
-    f"Tensor[] scale, Tensor[] tau, Tensor[] bias, Tensor[] rule_args, Tensor[] red, Tensor[] aux, Tensor[] kept, "
-    f"{_spec_schema(_OPERANDS)}, {_UPDATE}) -> ()"
-)
 _ops = torch.ops.fused_margin_cpu
 
 
@@ -208,11 +214,14 @@ def sweep_backward(
     return d_x, d_w, d_scale.to(scale.dtype) if need & Need.SCALE else d_scale, d_bias
 
 
+def pack_update(update: Update) -> tuple[int | float | bool, ...]:
+    """The numbers of a step as the C++ operators take them."""
+    return OPTIMIZERS[update.optimizer], *update[1:]
+
+
 def update_rows(w: Tensor, state: State, index: Tensor | None, grad: Tensor, update: Update) -> None:
-    fields = OPTIMIZERS[update.optimizer], *update[1:]
-    torch.ops.fused_margin_cpu.update_rows(w, *state, index, grad, *fields)
+    _ops.update_rows.default(w, *state, index, grad, *pack_update(update))
 
 
 def sweep_step(w: Tensor, state: State, index: Tensor | None, lists, spec: Spec, update: Update) -> None:
-    fields = OPTIMIZERS[update.optimizer], *update[1:]
-    torch.ops.fused_margin_cpu.sweep_step(w, *state, index, *lists, *_pack(spec), *fields)
+    _ops.sweep_step.default(w, *state, index, *lists, *_pack(spec), *pack_update(update))

@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 
 from ..spec import Spec
+from ..update_rules import State, Update
 from . import cpu, gpu
 from .reference import check_labels
 
 _OLDEST = 8, 0  # compute capability
 _KEY = "CUDA"  # of the devices that the kernels are registered for
 _schemas = torch.library.Library("fused_margin_cuda", "DEF")
-for _schema in cpu.sweep_schemas("int operand", keeps=False):
+_OPERANDS = "int operand"
+for _schema in (*cpu.sweep_schemas(_OPERANDS, keeps=False), *cpu.step_schemas(_OPERANDS)):
     _schemas.define(_schema)
 _ops = torch.ops.fused_margin_cuda
 
@@ -87,6 +89,14 @@ def sweep_backward(
         g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, _contiguous(index), rule_args, red, aux.contiguous(),
         o_red, o_sum, *_pack(spec), need,
     )  # fmt: skip
+
+
+def update_rows(w: Tensor, state: State, index: Tensor | None, grad: Tensor, update: Update) -> None:
+    _ops.update_rows.default(w, *state, _contiguous(index), grad, *cpu.pack_update(update))
+
+
+def sweep_step(w: Tensor, state: State, index: Tensor | None, lists, spec: Spec, update: Update) -> None:
+    _ops.sweep_step.default(w, *state, _contiguous(index), *lists, *_pack(spec), *cpu.pack_update(update))
 
 
 def _contiguous(index: Tensor | None) -> Tensor | None:

@@ -25,9 +25,9 @@ from .. import ptx as emulator
 from . import builder
 
 KERNELS = tuple(sorted((builder.CSRC / "cuda").glob("*.cu")))
-replaced: dict[Path, Path] = {}  # of KERNELS, see planted.py
+replaced: dict[Path, Path] = {}  # of the sources, see planted.py
 _OPERATORS = builder.CSRC / "cuda" / "ops.cpp"
-_ENTRIES = ("target_cosine", "sweep", "sweep_loss", "sweep_backward")
+_ENTRIES = ("target_cosine", "sweep", "sweep_loss", "sweep_backward", "update_rows", "sweep_step")
 _HOOK = ctypes.CFUNCTYPE(
     ctypes.c_int, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint), ctypes.c_int, ctypes.c_size_t, ctypes.c_void_p,
     ctypes.c_size_t,
@@ -44,7 +44,7 @@ def path() -> Path:
     """The backend's library for the simulator and the sanitizer in use."""
     link = [f"-L{d}" for d in cpp_extension.library_paths()]
     flags = (*_torch_flags(), "-include", str(builder.HERE / "simulator" / "allocations.h"))
-    of_torch = dict.fromkeys((_OPERATORS, builder.HERE / "backend.cpp"), flags)
+    of_torch = dict.fromkeys((replaced.get(_OPERATORS, _OPERATORS), builder.HERE / "backend.cpp"), flags)
     sources = [*of_torch, *(replaced.get(kernel, kernel) for kernel in KERNELS)]
     return builder.build(*sources, sanitizer=builder.sanitizer_in_use(), more=of_torch, link=(*link, "-ltorch_cpu"))
 
@@ -108,7 +108,7 @@ def execute(name, text, grid, threads, argument, smem, buffers):
 
 
 @contextlib.contextmanager
-def emulated(arch: int | None, execute: Execute = execute, **options) -> Iterator[None]:
+def emulated(arch: int | None, execute: Execute = execute, **options) -> Iterator[ctypes.CDLL]:
     """As `simulated`, but each launch goes to execute(name, ptx, grid, threads, argument, smem, buffers).
 
     Without an architecture there is no PTX, and nothing is computed: for a function that only looks at launches.
@@ -129,7 +129,7 @@ def emulated(arch: int | None, execute: Execute = execute, **options) -> Iterato
 
     def entering(function):
         def call(*args):
-            given[:] = [a for a in args if isinstance(a, Tensor)]
+            given[:] = _tensors(args)
             loaded.forget_allocations()
             try:
                 return function(*args)
@@ -148,12 +148,20 @@ def emulated(arch: int | None, execute: Execute = execute, **options) -> Iterato
         for name, function in before.items():
             setattr(backend, name, entering(function))
         try:
-            yield
+            yield loaded
         finally:
             loaded.simulator_hook(None)
             loaded.simulator_computes(True)
             for name, function in before.items():
                 setattr(backend, name, function)
+
+
+def _tensors(arguments) -> list[Tensor]:
+    """Also of lists of them, and of records."""
+    found = []
+    for a in arguments:
+        found += [a] if isinstance(a, Tensor) else _tensors(a) if isinstance(a, (tuple, list)) else []
+    return found
 
 
 def _allocations(loaded: ctypes.CDLL) -> list[tuple[int, np.ndarray]]:

@@ -15,6 +15,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
+from fused_margin.update_rules import OPTIMIZERS
+
 from . import builder
 
 LIBRARY = builder.ROOT / "fused_margin" / "_C.abi3.so"
@@ -70,9 +72,13 @@ def why_not() -> str:
 
 def short(symbol: str) -> str:
     """A kernel's name for people."""
-    found = re.search(r"3gpu\d+(\w+?)_kernel(?:I(f|13__nv_bfloat16|6__half)Lb([01])E)?", symbol)
+    found = re.search(
+        r"3gpu\d+(\w+?)_kernel(?:I(f|13__nv_bfloat16|6__half)Lb([01])E)?(?:ILNS_9OptimizerE(\d)E)?", symbol
+    )
     if found is None:
         return symbol
+    if found[4]:
+        return f"{found[1]}<{tuple(OPTIMIZERS)[int(found[4])]}>"
     return found[1] + (f"<{OPERANDS[found[2]]}{', plain' * (found[3] == '1')}>" if found[2] else "")
 
 

@@ -20,6 +20,7 @@ class Planted(NamedTuple):
     new: str
     mode: str = "bf16"
     numbers: bool = True  # wrong under some seed
+    source: str = ""  # the file to compile, if it is not that of the mode's sweeps
     report: dict[str, str] = {}  # noqa: RUF012 (read only); sanitizer -> what it says
 
 
@@ -39,6 +40,16 @@ PLANTED = {
     "store beyond the end": Planted(
         "forward.cuh", "to[k] = out[k];", "to[k + 1] = out[k];", report={"address": "heap-buffer-overflow"}
     ),
+    "steps counted by each sub-centre": Planted(
+        "update.cuh", "if (source % c.update.together == c.update.together - 1) ", "", source="rows.cu", report=RACE
+    ),
+    "gradients of earlier calls lost": Planted(
+        "row_gradients.cuh", "earlier ? c.earlier + d_w : d_w", "d_w", source="rows.cu"
+    ),
+    "dampened at first": Planted("update.cuh", "else if (t == 1)", "else if (t == 0)", source="rows.cu"),
+    "a weight that changes before the last call has read it": Planted(
+        "ops.cpp", "if (made.update && c == calls.back()) {", "if (made.update) {", source="ops.cpp"
+    ),
 }  # fmt: skip
 
 
@@ -52,24 +63,39 @@ def sources(name: str) -> dict[Path, Path]:
     folder = builder.CACHE / f"planted-{key}"
     shutil.copytree(builder.CSRC, folder, ignore=shutil.ignore_patterns("cpu"), dirs_exist_ok=True)
     (folder / "cuda" / planted.file).write_text(changed)
-    operands = planted.mode.replace("fp", "f")
-    return {builder.CSRC / "cuda" / f"sweep_{operands}.cu": folder / "cuda" / f"sweep_{operands}.cu"}
+    source = planted.source or f"sweep_{planted.mode.replace('fp', 'f')}.cu"
+    return {builder.CSRC / "cuda" / source: folder / "cuda" / source}
+
+
+def wrong_head(mode: str, seed: int) -> bool:
+    from ... import cases
+    from ...error_rule import ErrorRule
+    from .backend import simulated
+
+    problem, rule = cases.problem(cases.MARGINS["normface"], cases.MODES[mode], 19, 150, 101), ErrorRule()
+    with simulated(seed, programs=1):
+        rule.add_all(cases.run(problem, "cuda"), cases.plain(problem), cases.exact(problem))
+    return any(ours.max > 10 * theirs.max or ours.max != ours.max for ours, theirs in rule.errors.values())
+
+
+def wrong_step(seed: int) -> bool:
+    from .backend import simulated
+    from .test_step_numbers import check, draw
+
+    with simulated(seed, programs=1, chunk=64):
+        try:
+            check(draw("dampening", batches=(19, 5), classes=100, centers=2, together=2))
+        except AssertionError:
+            return True
+    return False
 
 
 def main(name: str) -> None:
-    from ... import cases
-    from ...error_rule import ErrorRule
     from . import backend
 
     backend.replaced.update(sources(name))
-    problem = cases.problem(cases.MARGINS["normface"], cases.MODES[PLANTED[name].mode], 19, 150, 101)
-    exact, plain, wrong = cases.exact(problem), cases.plain(problem), []
-    for seed in range(6):
-        rule = ErrorRule()
-        with backend.simulated(seed, programs=1):
-            rule.add_all(cases.run(problem, "cuda"), plain, exact)
-        if any(ours.max > 10 * theirs.max or ours.max != ours.max for ours, theirs in rule.errors.values()):
-            wrong.append(seed)
+    mode, of_sweep = PLANTED[name].mode, not PLANTED[name].source
+    wrong = [seed for seed in range(6) if (wrong_head(mode, seed) if of_sweep else wrong_step(seed))]
     print("wrong under:", wrong)
 
 

@@ -1,15 +1,20 @@
 """How csrc/cuda cuts a sweep: its plan, and the launches of the real operators, up to 30 million classes and more."""
 
+import re
+
 import pytest
 import torch
 
 import fused_margin as fm
 from bench import roofline
 from fused_margin import ops
+from fused_margin.backends import cuda
 from fused_margin.spec import Spec, Want
+from fused_margin.update_rules import State, Update
 
 from .backend import emulated, simulated
 from .planned import OPERANDS, cache_for_chunk, plan
+from .test_step_numbers import draw
 
 DEVICES = {name: (d.processors, d.cache) for name, d in roofline.DEVICES.items() if d.processors} | {
     "RTX 3090": (82, 6)
@@ -66,12 +71,33 @@ def test_launches_at_30_million_classes():
     with emulated(None, run, programs=132):
         red, *_ = ops.sweep(x.requires_grad_(), w, torch.tensor([0, classes - 1]), scale, None, None, None, args, spec)
         torch.autograd.grad(red.sum(), x)
-    chunks = -(-classes // 131072)
-    assert sum("gradient" in name for name, *_ in launched) == chunks
+    check_launches(launched, -(-classes // 131072))
+
+
+def check_launches(launched, gradients):
+    assert sum("gradient" in name for name, *_ in launched) == gradients
     for name, grid, threads in launched:
         assert 1 <= grid[0] <= MOST_PROGRAMS, name
         assert grid[1:] == (1, 1), name
         assert threads <= 1024, name
+
+
+def test_launches_of_an_update_of_30_million_classes():
+    """Two calls; the rows of each are worked on before the first weight changes."""
+    classes, launched = 3 * 10**7, []
+    step = draw("sgd", batches=(2, 3), classes=10, dim=8, operands=torch.bfloat16)
+    calls = [c._replace(bias=None) for c in step.calls]
+    spec, w = step.spec._replace(num_classes=classes), torch.randn(1, 8).expand(classes, 8)
+
+    def run(name, text, grid, threads, argument, smem, buffers):
+        launched.append((re.search(r"3gpu\d+([a-z_]+?)_kernel", name)[1], grid, threads))
+
+    with emulated(None, run, programs=132):
+        step._replace(w=w, calls=calls, spec=spec).run()
+    chunks = -(-classes // 131072)
+    check_launches(launched, 2 * chunks)
+    of_chunk = ["gradient", "finish_weights", "gradient", "update_weights"]
+    assert [name for name, *_ in launched] == 2 * ["backward_rows", "prologue"] + chunks * of_chunk
 
 
 @pytest.mark.parametrize("far", ["w", "x"])
@@ -90,3 +116,15 @@ def test_offsets_beyond_31_bits(far, monkeypatch):
             loss = fm.functional.margin_cross_entropy(x, w, labels, fm.CosFace(0.3), backend="cuda")
             found.append([loss, *torch.autograd.grad(loss, (x, w))])
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_offsets_of_a_state_beyond_31_bits(monkeypatch):
+    """The last row of a momentum of more than 2^31 numbers, of which no other row is touched."""
+    rows, dim, update = 2**15 + 1, 2**16, Update("sgd", 0.5, momentum=0.9)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    w, m, grad = torch.zeros(1, dim).expand(rows, dim), torch.empty(rows, dim), torch.randn(1, dim)
+    m[-1] = 1
+    with simulated(seed=1):
+        cuda.update_rows(w, State(m), torch.tensor([rows - 1]), grad, update)
+    torch.testing.assert_close(m[-1:], 0.9 + grad)
+    torch.testing.assert_close(w[:1], -0.5 * m[-1:])

@@ -123,9 +123,8 @@ SHORT = re.compile(r"3gpu\d+([a-z_]+?)_kernel")
 SWEEPS = ("forward", "gradient")
 
 
-def mutated_step(arch, mode, kernels, margin="arcface_linear"):
-    """{kernel: its mutants} of one step; kernels: short names, or None for all."""
-    found = {}
+def mutating(found, kernels):
+    """For `emulated`: puts {kernel: its mutants} of the first launch of each; kernels: short names, or None for all."""
 
     def run(name, *rest):
         short = SHORT.search(name)[1]
@@ -134,9 +133,15 @@ def mutated_step(arch, mode, kernels, margin="arcface_linear"):
         found[short] = mutate((name, *rest))
         return None
 
+    return run
+
+
+def mutated_step(arch, mode, kernels, margin="arcface_linear"):
+    """{kernel: its mutants} of one step."""
+    found = {}
     p = cases.problem(cases.MARGINS[margin], cases.MODES[mode], 20, 140, 104)
     x, w = (p.leaves()[name] for name in ("x", "w"))
-    with emulated(arch, run, programs=1):  # so that one program has several tiles
+    with emulated(arch, mutating(found, kernels), programs=1):  # so that one program has several tiles
         loss = fm.functional.margin_cross_entropy(
             x, w, p.labels, p.case.make(p.case.params), scale=p.scale, compute_dtype=p.mode.compute, backend="cuda"
         )  # the mean: rows are counted in shared memory
@@ -144,8 +149,8 @@ def mutated_step(arch, mode, kernels, margin="arcface_linear"):
     return found
 
 
-def check_mutants(arch, mode, kernels, recorded=True):
-    for kernel, mutants in mutated_step(arch, mode, kernels).items():
+def check_mutants(found, arch, mode, recorded=True):
+    for kernel, mutants in found.items():
         reported = [name for name, complaint in mutants.items() if complaint]
         silent = [name for name in mutants if name not in reported]
         row = {"kernel": f"`{kernel}`", "device": f"sm_{arch}", "mode": mode, "mutants": len(mutants)}
@@ -160,13 +165,13 @@ def check_mutants(arch, mode, kernels, recorded=True):
 
 def test_mutants_of_the_forward():
     """Among those of the slow test, which makes the table."""
-    check_mutants(80, "bf16", ("forward",), recorded=False)
+    check_mutants(mutated_step(80, "bf16", ("forward",)), 80, "bf16", recorded=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arch, mode", [(80, "bf16"), (80, "fp16"), (80, "fp32"), (120, "bf16")])
 def test_mutants(arch, mode):
-    check_mutants(arch, mode, None)
+    check_mutants(mutated_step(arch, mode, None), arch, mode)
 
 
 def test_a_weight_that_is_too_short():
