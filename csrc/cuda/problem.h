@@ -107,7 +107,7 @@ inline Plan plan(int64_t batch, int64_t dim, int64_t classes, int sub_centers, S
   Plan p;
   p.blocks = std::max<int64_t>(div_up(batch, kRows), 1);
   p.padded = p.blocks * kRows;
-  p.operand_row = round_up(dim, kSliceBytes / size_of(operand));
+  p.operand_row = round_up(std::max<int64_t>(dim, 1), kSliceBytes / size_of(operand));
   p.tile_classes = kSlots / group_of(sub_centers);
   p.tiles = div_up(classes, p.tile_classes);
   p.programs = cut.programs ? cut.programs : programs;

@@ -1,6 +1,7 @@
 """Bugs in the kernels themselves, planted in a copy of csrc, and what shows each: numbers, or a sanitizer.
 
-python -m tests.gpu_without_gpu.cuda_host.planted NAME     # the seeds under which NAME gives wrong numbers
+python -m tests.gpu_without_gpu.cuda_host.planted NAME     # the seeds under which NAME gives wrong numbers, or the
+                                                           # tests that it names, if they fail
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ class Planted(NamedTuple):
     numbers: bool = True  # wrong under some seed
     source: str = ""  # the file to compile, if it is not that of the mode's sweeps
     report: dict[str, str] = {}  # noqa: RUF012 (read only); sanitizer -> what it says
+    test: str = ""  # in the place of seeds, the test that fails: FILE -k NAME
 
 
 RACE = {"thread": "data race"}
@@ -35,7 +37,7 @@ PLANTED = {
     ),
     "wait for one group less": Planted("tile.cuh", "copy_wait<kStages - 2>();", "copy_wait<kStages - 1>();"),
     "fetch into what is read": Planted(
-        "tile.cuh", "fetch(int((step + kStages - 1) % kStages));", "fetch(stage);", report=RACE
+        "tile.cuh", "fetch_next(stage ? stage - 1 : kStages - 1,", "fetch_next(stage,", report=RACE
     ),
     "store beyond the end": Planted(
         "forward.cuh", "to[k] = out[k];", "to[k + 1] = out[k];", report={"address": "heap-buffer-overflow"}
@@ -49,6 +51,11 @@ PLANTED = {
     "dampened at first": Planted("update.cuh", "} else if (t == 1) {", "} else if (t == 0) {", source="rows.cu"),
     "a weight that changes before the last call has read it": Planted(
         "ops.cpp", "if (made.update && c == calls.back()) {", "if (made.update) {", source="ops.cpp"
+    ),
+    "float32 sums in one accumulator": Planted(
+        "tile.cuh", "float part[4] = {};",
+        "float part[4]; for (int i = 0; i < 4; i++) part[i] = acc[m][n][i], acc[m][n][i] = 0;",
+        mode="fp32", test="test_sweep_numbers.py -k truncate",
     ),
 }  # fmt: skip
 
@@ -65,6 +72,17 @@ def sources(name: str) -> dict[Path, Path]:
     (folder / "cuda" / planted.file).write_text(changed)
     source = planted.source or f"sweep_{planted.mode.replace('fp', 'f')}.cu"
     return {builder.CSRC / "cuda" / source: folder / "cuda" / source}
+
+
+def failing(test: str) -> list[str]:
+    """What `FILE -k NAME` names, if a test there fails."""
+    import pytest
+
+    file, name = test.split(" -k ")
+    folder = "tests/gpu_without_gpu/cuda_host"
+    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", f"{folder}/{file}", "-k", name])
+    assert code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), code
+    return [test] if code == pytest.ExitCode.TESTS_FAILED else []
 
 
 def wrong_head(mode: str, seed: int) -> bool:
@@ -94,8 +112,11 @@ def main(name: str) -> None:
     from . import backend
 
     backend.replaced.update(sources(name))
-    mode, of_sweep = PLANTED[name].mode, not PLANTED[name].source
-    wrong = [seed for seed in range(6) if (wrong_head(mode, seed) if of_sweep else wrong_step(seed))]
+    planted = PLANTED[name]
+    if planted.test:
+        wrong = failing(planted.test)
+    else:
+        wrong = [s for s in range(6) if (wrong_step(s) if planted.source else wrong_head(planted.mode, s))]
     print("wrong under:", wrong)
 
 
