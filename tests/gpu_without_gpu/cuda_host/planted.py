@@ -26,6 +26,10 @@ class Planted(NamedTuple):
     test: str = ""  # in the place of seeds, the test that fails: FILE -k NAME
 
 
+def edge(file: str, old: str, new: str, test: str, source: str = "rows.cu") -> Planted:
+    return Planted(file, old, new, source=source, test=f"test_sweep_edges.py -k {test}")
+
+
 RACE = {"thread": "data race"}
 PLANTED = {
     "none": Planted("tile.cuh", "copy_wait<kStages - 2>();", "copy_wait<kStages - 2>();", numbers=False),
@@ -56,6 +60,38 @@ PLANTED = {
         "tile.cuh", "float part[4] = {};",
         "float part[4]; for (int i = 0; i < 4; i++) part[i] = acc[m][n][i], acc[m][n][i] = 0;",
         mode="fp32", test="test_sweep_numbers.py -k truncate",
+    ),
+    "ignored rows take part": edge(
+        "row.cuh", "const bool counts = label != p.ignore_index;", "const bool counts = true;", "ignored_rows_that_hold"
+    ),
+    "mean over all rows": edge("rows.cuh", "share = 1.0 / (valid > 0 ? valid : 1);", "share = 1.0 / p.batch;", "mean"),
+    "no unit of the batch": edge(
+        "row_gradients.cuh", "p.operand == Storage::f16 ? unit_of_batch(b) : 1.0f", "1.0f", "loss_scale"
+    ),
+    "no rescaling": edge(
+        "tile.cuh", "} else if (top > kMostOverUnit * unit_[i])", "} else if (false)", "powers_of_ten", "sweep_f16.cu"
+    ),
+    "a clamped norm of w has a slope": edge(
+        "row_gradients.cuh", "sqrtf(square) < kEps ? 0.0f : over_warp", "over_warp", "norms and w"
+    ),
+    "a clamped norm of x has a slope": edge("row.cuh", "sqrtf(square) >= kEps}", "true}", "norms and x"),
+    "a row without rivals not set apart": edge(
+        "row_gradients.cuh", "if (red == -INFINITY) {", "if (false) {", "minus_infinity"
+    ),
+    "chunks of 16 bits all at the first one's place": edge(
+        "ops.cpp", "first_row * p.dim * size_of(d_w.storage);", "first_row * p.dim * (size_of(d_w.storage) & 4);", "several_chunks", "ops.cpp"
+    ),
+    "copies beyond a row": edge(
+        "tile.cuh", "p.dim * size_ % 16 == 0 &&", "true &&", "gap", "sweep_f32.cu"
+    ),
+    "sums of tiles not compensated": edge(
+        "rival.cuh", "low += (total - (sum - part)) + (value - part);", "", "many_tiles", "sweep_f32.cu"
+    ),
+    "the rest of a log-sum-exp dropped": edge(
+        "row_gradients.cuh", " + at(b.red_low, i)))", "))", "large_scales"
+    ),
+    "the rest of a scale dropped": edge(
+        "rows.cuh", "p.constants[p.padded + i] = folded_rest(s, hi);", "p.constants[p.padded + i] = 0;", "large_scales"
     ),
 }  # fmt: skip
 
