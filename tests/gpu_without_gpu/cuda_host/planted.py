@@ -79,7 +79,8 @@ PLANTED = {
         "row_gradients.cuh", "if (red == -INFINITY) {", "if (false) {", "minus_infinity"
     ),
     "chunks of 16 bits all at the first one's place": edge(
-        "ops.cpp", "first_row * p.dim * size_of(d_w.storage);", "first_row * p.dim * (size_of(d_w.storage) & 4);", "several_chunks", "ops.cpp"
+        "ops.cpp", "first_row * p.dim * size_of(d_w.storage);",
+        "first_row * p.dim * (size_of(d_w.storage) & 4);", "several_chunks", "ops.cpp"
     ),
     "copies beyond a row": edge(
         "tile.cuh", "p.dim * size_ % 16 == 0 &&", "true &&", "gap", "sweep_f32.cu"
