@@ -24,7 +24,8 @@ from fused_margin.backends import cuda as backend
 from .. import ptx as emulator
 from . import builder
 
-KERNELS = tuple(sorted((builder.CSRC / "cuda").glob("*.cu")))
+_ASKS_A_DRIVER = builder.CSRC / "cuda" / "architectures.cu"
+KERNELS = tuple(sorted({*(builder.CSRC / "cuda").glob("*.cu")} - {_ASKS_A_DRIVER}))
 replaced: dict[Path, Path] = {}  # of the sources, see planted.py
 _OPERATORS = builder.CSRC / "cuda" / "ops.cpp"
 _ENTRIES = ("target_cosine", "sweep", "sweep_loss", "sweep_backward", "update_rows", "sweep_step")
