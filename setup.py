@@ -54,7 +54,10 @@ def cuda_home():
     if os.environ.get("CUDA_HOME") or nvcc is None:
         return os.environ.get("CUDA_HOME")
     dry_run = subprocess.run([nvcc, "--dryrun", "-E", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
-    return os.path.realpath(re.search(r"TOP=(.+)", dry_run)[1])
+    found = re.search(r"TOP=(.+)", dry_run)
+    if found is None:
+        say(f"{nvcc} does not say where it is, so it is left alone; set CUDA_HOME")
+    return found and os.path.realpath(found[1])
 
 
 def cuda_part():
@@ -63,13 +66,13 @@ def cuda_part():
     if mode not in ("auto", "0", "1"):
         sys.exit(f"fused_margin: FUSED_MARGIN_CUDA={mode!r}; expected auto, 0 or 1")
     sources = sorted(str(path) for path in Path("csrc/cuda").rglob("*") if path.suffix in (".cpp", ".cu"))
-    home = cuda_home()
+    home = None if mode == "0" else cuda_home()
     if mode == "0":
         why_not = "FUSED_MARGIN_CUDA=0"
     elif not sources:
         why_not = "there are no sources in csrc/cuda"
     elif home is None:
-        why_not = "there is no nvcc on PATH and CUDA_HOME is not set"
+        why_not = "there is no nvcc that works on PATH, and CUDA_HOME is not set"
     else:
         return sources, home
     if mode == "1":
@@ -89,8 +92,8 @@ def extension():
     libraries, library_dirs = ["torch_cpu"], cpp_extension.library_paths()
     if home is not None:
         cpp_extension.CUDA_HOME = home  # torch's CPU wheel sets it to None
-        if torch.cuda.device_count() == 0:  # otherwise the GPUs that are here
-            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0;12.0+PTX")
+        if torch.cuda.device_count() == 0:  # otherwise the GPUs that are here; PTX for those that are not named
+            os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0+PTX;9.0;10.0;12.0")
         includes.append(f"{home}/include")
         libraries += ["cudart_static", "rt", "dl", "pthread"]
         library_dirs.append(f"{home}/lib64")
@@ -98,7 +101,9 @@ def extension():
     system = [flag for path in includes for flag in ("-isystem", path)]
     # The lowest torch that the library loads in, and nothing of torch but the stable ABI.
     stable = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]
-    warn = ["-Wall", "-Wextra", "-Wno-psabi"] + ["-Werror"] * (os.environ.get("FUSED_MARGIN_WERROR") == "1")
+    strict = os.environ.get("FUSED_MARGIN_WERROR") == "1"
+    warn = ["-Wall", "-Wextra", "-Wno-psabi"] + ["-Werror"] * strict
+    warn_nvcc = ["-Werror", "all-warnings"] * strict
     headers = sorted(str(path) for path in Path("csrc").rglob("*") if path.suffix in (".h", ".cuh"))
 
     class Build(cpp_extension.BuildExtension):
@@ -121,7 +126,7 @@ def extension():
             # -g0: some Pythons pass a -g of their own, which only makes the library larger.
             "cxx": ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", *warn, *system, *stable],
             # No contraction to fma: lanes that add up the same numbers must get the same bits.
-            "nvcc": ["-O3", "-std=c++17", "--fmad=false", *system, *stable],
+            "nvcc": ["-O3", "-std=c++17", "--fmad=false", *warn_nvcc, *system, *stable],
         },
         language="c++",
         py_limited_api=True,

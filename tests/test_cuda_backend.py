@@ -1,13 +1,17 @@
 """The CUDA C++ backend where there is no GPU: it says why it cannot run. Its numbers: gpu_without_gpu/cuda_host."""
 
+import ctypes
+import os
+import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import fused_margin as fm
-from fused_margin.backends import cuda
+from fused_margin.backends import choose, cuda
 from fused_margin.spec import Spec
 
 X, W = torch.zeros(4, 8), torch.zeros(5, 8)
@@ -39,19 +43,51 @@ def test_why_not_of_an_input(monkeypatch):
     assert reasons() == "this torch is built for AMD GPUs"
 
 
-def test_of_an_old_gpu(monkeypatch):
-    cuda._too_old.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert cuda._too_old(torch.device("cuda")) == "cuda has compute capability (7, 5); the kernels need (8, 0)"
-    cuda._too_old.cache_clear()
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (12, 0))
-    assert cuda._too_old(torch.device("cuda")) == ""
-    cuda._too_old.cache_clear()
+@pytest.fixture
+def library(monkeypatch):
+    """A library that was built for a few GPUs, on a machine with some; .says: the driver's words for each."""
+    made = SimpleNamespace(says=[b"", b"no kernel image is available for execution on the device"])
+    made.fm_cuda_why_not = lambda number: made.says[number]
+    made.fm_cuda_architectures = lambda: b"900,1000"
+    monkeypatch.setattr(cuda.cpu, "_C", made)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (11, 0))
+    cuda._no_code.cache_clear()
+    yield made
+    cuda._no_code.cache_clear()
 
 
-def test_triton_goes_first():
-    """What `backend=None` takes on a GPU."""
-    assert list(fm.BACKENDS) == ["cpu", "triton", "cuda", "reference"]
+@pytest.mark.usefixtures("library")
+def test_of_a_gpu_without_code():
+    assert cuda._no_code(torch.device("cuda", 0)) == ""
+    assert cuda._no_code(torch.device("cuda", 1)) == (
+        "cuda:1 has compute capability 11.0, and the extension, built for 9.0, 10.0, cannot run there (no kernel image "
+        "is available for execution on the device); from 8.0 on, build it with TORCH_CUDA_ARCH_LIST=11.0"
+    )
+
+
+@pytest.mark.skipif(not cuda._built(), reason="the extension has no CUDA kernels")
+def test_the_library_says_what_it_was_built_for():
+    functions = [cuda.cpu._C[name] for name in ("fm_cuda_why_not", "fm_cuda_architectures")]  # no restype of others
+    for function in functions:
+        function.restype = ctypes.c_char_p
+    assert all(800 <= int(a) < 2000 for a in functions[1]().split(b","))
+    if not torch.cuda.is_available():
+        assert functions[0](0)  # no device, or no driver
+
+
+GPU_BACKENDS = {"triton": fm.BACKENDS["triton"], "cuda": cuda}
+
+
+@pytest.mark.parametrize(
+    "can_run, chosen", [(("triton", "cuda"), "triton"), (("triton",), "triton"), (("cuda",), "cuda"), ((), "reference")]
+)
+@pytest.mark.filterwarnings("ignore::fused_margin.FallbackWarning")
+def test_triton_goes_first(can_run, chosen, monkeypatch):
+    """What `backend=None` takes on a GPU, where the CPU's kernels have no say."""
+    monkeypatch.setattr(cuda.cpu, "why_not", lambda *args: ["embeddings are on a GPU"])
+    for name, module in GPU_BACKENDS.items():
+        monkeypatch.setattr(module, "why_not", lambda *args, name=name: [] if name in can_run else ["it is not there"])
+    assert choose(None, X, W, Spec(), "") == chosen
 
 
 def test_registered_where_built():
@@ -59,6 +95,13 @@ def test_registered_where_built():
     operators = ("target_cosine", "sweep", "sweep_loss", "sweep_backward", "update_rows", "sweep_step")
     found = {torch._C._dispatch_has_kernel_for_dispatch_key(f"fused_margin_cuda::{op}", "CUDA") for op in operators}
     assert found == {cuda._built()}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+@pytest.mark.skipif(cuda.cpu._C is None, reason="the extension is not built")
+@pytest.mark.skipif(os.environ.get("FUSED_MARGIN_CUDA") == "0", reason="FUSED_MARGIN_CUDA=0")
+def test_built_where_nvcc_is():
+    assert cuda._built()
 
 
 def test_nothing_starts_on_import():

@@ -297,30 +297,29 @@ def test_masks_are_decided_alike_in_both_directions(backend, compute, ahead):
     check_masks_of_both_directions(backend, compute, ahead)
 
 
-def _sweep_args(backend, rule, **changes):
-    inputs = Inputs(batch=5, classes=9, dim=6, rule=rule, bias=rule != "hard")
+def sweep_args(backend, rule, dtype=torch.float64, **changes):
+    inputs = Inputs(batch=5, classes=9, dim=6, rule=rule, bias=rule != "hard", dtype=dtype)
     args = Rule(rule, ARGS[rule]).tensor(inputs.leaves["x"])
     leaves = inputs.leaves
     spec = inputs.spec(backend, **changes)
     return (leaves["x"], leaves["w"], inputs.labels, leaves["scale"], inputs.tau, leaves.get("bias"), None, args, *spec)
 
 
-@pytest.mark.parametrize(
-    ("rule", "changes"),
-    [
-        ("identity", {}),
-        ("hard", {"want": int(Want.DX | Want.DSCALE)}),
-        ("circle", {"reduction": "softplus"}),
-    ],
-    ids=["identity", "hard", "softplus"],
-)
-def test_opcheck_sweep(backend, rule, changes):
-    torch.library.opcheck(torch.ops.fused_margin.sweep.default, _sweep_args(backend, rule, **changes))
+OPCHECKED = {  # rules, and what changes of the spec
+    "identity": {},
+    "hard": {"want": int(Want.DX | Want.DSCALE)},
+    "circle": {"reduction": "softplus"},
+}
+
+
+@pytest.mark.parametrize("rule", OPCHECKED)
+def test_opcheck_sweep(backend, rule):
+    torch.library.opcheck(torch.ops.fused_margin.sweep.default, sweep_args(backend, rule, **OPCHECKED[rule]))
 
 
 def test_opcheck_target_cosine(backend):
     x, w, labels, _, _, _, index, _, *spec = (
-        a.detach() if isinstance(a, torch.Tensor) else a for a in _sweep_args(backend, "hard")
+        a.detach() if isinstance(a, torch.Tensor) else a for a in sweep_args(backend, "hard")
     )
     torch.library.opcheck(torch.ops.fused_margin.target_cosine.default, (x, w, labels, index, *spec))
 
@@ -328,8 +327,11 @@ def test_opcheck_target_cosine(backend):
 @pytest.mark.parametrize("need", [1, 2, 15])
 def test_opcheck_sweep_backward(need):
     """Not of the reference, which uses autograd inside: opcheck turns that off; its sweep is checked with gradients."""
-    backend = require("cpu")
-    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in _sweep_args(backend, "identity")]
+    opcheck_sweep_backward(sweep_args(require("cpu"), "identity"), need)
+
+
+def opcheck_sweep_backward(args, need):
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in args]
     red, cos_y, sum_u, *kept = torch.ops.fused_margin.sweep.default(*args)
     upstream = [torch.ones_like(t) for t in (red, cos_y, sum_u)]
     arguments = (*upstream, *args[:8], red, *kept, *args[8:], need)

@@ -2,8 +2,7 @@
 // with inline PTX; everything else here is plain C++ that a host compiler takes too.
 //
 // With FM_HOST_SIM the same names come from a simulator that runs kernels as fibers of the host, see
-// tests/gpu_without_gpu. All of it is sm_80's: no path of a newer unit (wgmma, tcgen05, TMA) exists yet; it would be
-// another `multiply_add` and another copy below `Tile` in tile.cuh.
+// tests/gpu_without_gpu. All of it is sm_80's; ../README.md says why.
 #pragma once
 
 #ifdef FM_HOST_SIM

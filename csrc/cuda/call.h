@@ -131,7 +131,7 @@ class Call {
                     in.w.size(1));
     STD_TORCH_CHECK(o.sub_centers >= 1 && o.sub_centers <= kMostSubCenters && rows % o.sub_centers == 0,
                     "fused_margin: ", rows, " rows of weights make no classes of ", o.sub_centers, " each");
-    STD_TORCH_CHECK(p.batch < kMostNumber && rows < kMostNumber && p.dim < kMostNumber,
+    STD_TORCH_CHECK(p.batch < kMostNumber && in.w.size(0) < kMostNumber && rows < kMostNumber && p.dim < kMostNumber,
                     "fused_margin: a dimension is beyond 2^31 - 2^20");
     p.classes = rows / o.sub_centers;
     p.sub_centers = int(o.sub_centers), p.group = group_of(p.sub_centers);

@@ -26,7 +26,8 @@ constexpr int kStates =
 constexpr int kPartsOfSplit = 2;  // a row of a tile is split between two warps
 constexpr int kAuxRows = 6;       // of spec.Aux
 constexpr int kCoefficients = 7;
-constexpr int64_t kMostChunkClasses = 131072, kLeastChunkClasses = 4096;
+constexpr int64_t kMostChunkRows = 131072, kLeastChunkRows = 4096;
+constexpr int64_t kMostWaves = 8;
 constexpr int kMostSubCenters = 16;
 constexpr float kNoPower = -1e30f;  // K of a row that has seen no rival
 constexpr float kHalfUnit = 1024;   // fp16 tiles of A N' hold this multiple: A ~ 1 / C would be subnormal
@@ -93,10 +94,40 @@ inline int group_of(int sub_centers) {
   return group;
 }
 
-// Parts of the tiles [0, tiles) for each block of rows, so that as many programs as fit run at one time, and no more: a
-// second wave of a few would take as long as the first.
+// When the last program of a sweep ends, in quarters of a tile: `programs` run at one time, which makes waves, and each
+// has as many tiles as the longest part. To begin is taken to cost a quarter.
+inline int64_t time_of(int64_t tiles, int64_t splits, int64_t blocks, int64_t programs) {
+  return div_up(blocks * splits, programs) * (4 * div_up(tiles, splits) + 1);
+}
+
+// f(splits) for what fills 1, 2, ... waves, as far as there are tiles: one wave leaves multiprocessors idle where blocks
+// do not divide them.
+template <class F>
+void each_full_wave(int64_t tiles, int64_t blocks, int64_t programs, const F& f) {
+  const int64_t fewest = div_up(blocks, programs);
+  for (int64_t waves = fewest; waves < fewest + kMostWaves; waves++)
+    f(std::max<int64_t>(1, std::min(tiles, waves * programs / blocks)));
+}
+
+// Parts of the tiles [0, tiles) for each block of rows, so that the sweep ends soonest; no more than their longest needs.
 inline int64_t splits_of(int64_t tiles, int64_t blocks, int64_t programs) {
-  return std::max<int64_t>(1, std::min(tiles, programs / blocks));
+  int64_t best = 1, least = time_of(tiles, 1, blocks, programs);
+  each_full_wave(tiles, blocks, programs, [&](int64_t most) {
+    const int64_t splits = div_up(std::max<int64_t>(tiles, 1), std::max<int64_t>(div_up(tiles, most), 1));
+    const int64_t time = time_of(tiles, splits, blocks, programs);
+    if (time < least) best = splits, least = time;
+  });
+  return best;
+}
+
+// Tiles of a chunk, at most so many, that are done quickest for their number: parts of one length that fill waves.
+inline int64_t chunk_tiles(int64_t most, int64_t blocks, int64_t programs) {
+  int64_t best = 1, least = time_of(1, 1, blocks, programs);
+  each_full_wave(most, blocks, programs, [&](int64_t splits) {
+    const int64_t tiles = most / splits * splits, time = time_of(tiles, splits, blocks, programs);
+    if (time * best < least * tiles) best = tiles, least = time;
+  });
+  return best;
 }
 
 // Of G, beside the rows of w that stream through an L2 cache of this size.
@@ -107,14 +138,19 @@ inline Plan plan(int64_t batch, int64_t dim, int64_t classes, int sub_centers, S
   Plan p;
   p.blocks = std::max<int64_t>(div_up(batch, kRows), 1);
   p.padded = p.blocks * kRows;
-  p.operand_row = round_up(dim, kSliceBytes / size_of(operand));
+  p.operand_row = round_up(std::max<int64_t>(dim, 1), kSliceBytes / size_of(operand));
   p.tile_classes = kSlots / group_of(sub_centers);
   p.tiles = div_up(classes, p.tile_classes);
   p.programs = cut.programs ? cut.programs : programs;
   p.splits = splits_of(p.tiles, p.blocks, p.programs);
+  const int64_t classes_of_rows = std::max<int64_t>(kMostChunkRows / sub_centers, p.tile_classes);
+  const int64_t one_wave = div_up(p.programs, p.blocks) * p.tile_classes;
+  const int64_t least = std::min(std::max(kLeastChunkRows / sub_centers, one_wave), classes_of_rows);
   const int64_t fits = cache_bytes / std::max<int64_t>(batch * size_of(operand) * sub_centers, 1);
-  const int64_t chunk = cut.chunk_classes ? cut.chunk_classes : std::clamp(fits, kLeastChunkClasses, kMostChunkClasses);
-  p.chunk = round_up(std::min(chunk, std::max<int64_t>(classes, 1)), p.tile_classes);
+  const int64_t most = cut.chunk_classes ? cut.chunk_classes : std::clamp(fits, least, classes_of_rows);
+  const int64_t tiles = std::min(div_up(most, p.tile_classes), std::max<int64_t>(p.tiles, 1));
+  const bool whole = cut.chunk_classes || tiles == p.tiles;
+  p.chunk = (whole ? tiles : chunk_tiles(tiles, p.blocks, p.programs)) * p.tile_classes;
   return p;
 }
 

@@ -75,20 +75,20 @@ __device__ __forceinline__ unsigned closest_centers(const Problem& p, Accumulato
   for (int n = 0; n < kSlotFragments; n++) {
     const float a = is_valid(2 * n) ? own(c, r, 2 * n) : -INFINITY;
     const float b = is_valid(2 * n + 1) ? own(c, r, 2 * n + 1) : -INFINITY;
-    largest[n] = fmaxf(a, b);
+    largest[n] = largest_or_nan(a, b);
     for (int apart = 1; apart <= 2; apart *= 2) {
       const float other = __shfl_xor_sync(~0u, largest[n], apart);
-      if (p.group > 2 * apart) largest[n] = fmaxf(largest[n], other);
+      if (p.group > 2 * apart) largest[n] = largest_or_nan(largest[n], other);
     }
   }
   const int lane = int(threadIdx.x) % 4;
 #pragma unroll
   for (int n = 0; n < kSlotFragments; n++) {
-    const float top = p.group > 8 ? fmaxf(largest[n], largest[n ^ 1]) : largest[n];
+    const float top = p.group > 8 ? largest_or_nan(largest[n], largest[n ^ 1]) : largest[n];
     first[n] = kMostSubCenters;
 #pragma unroll
     for (int e = 1; e >= 0; e--)
-      if (is_valid(2 * n + e) && own(c, r, 2 * n + e) == top) first[n] = (n * 8 + lane * 2 + e) % p.group;
+      if (is_valid(2 * n + e) && !exceeds(top, own(c, r, 2 * n + e))) first[n] = (n * 8 + lane * 2 + e) % p.group;
     for (int apart = 1; apart <= 2; apart *= 2) {
       const int other = __shfl_xor_sync(~0u, first[n], apart);
       if (p.group > 2 * apart) first[n] = other < first[n] ? other : first[n];

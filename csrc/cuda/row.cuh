@@ -116,7 +116,7 @@ __device__ __forceinline__ Closest closest_center(const Problem& p, int64_t i, c
     float c = over_warp(dot);
     square = over_warp(square);
     if (p.normalize_w) c *= inverse_norm(square);
-    if (best.row < 0 || c > best.cosine) best = {c, row};
+    if (best.row < 0 || exceeds(c, best.cosine)) best = {c, row};
   }
   return best;
 }

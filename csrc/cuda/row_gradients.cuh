@@ -20,7 +20,7 @@ constexpr int kNowhere = 0x7fffffff;  // sorts a row without target behind all c
 __device__ __forceinline__ float unit_of_batch(const BackwardRows& b) {
   float top = 0;
   for (int64_t k = lane_of(); k < b.p.batch; k += 32)
-    top = fmaxf(top, fmaxf(fabsf(at(b.g_red, k)), fabsf(at(b.g_sum, k))) * at(b.p.scale, k));
+    top = fmaxf(top, fmaxf(fabsf(at(b.g_red, k)), fabsf(at(b.g_sum, k))) * fabsf(at(b.p.scale, k)));
   return unit_below(largest_of_warp(top));
 }
 

@@ -52,6 +52,10 @@ __device__ __forceinline__ float inverse_norm(float square) {
   return 1.0f / (norm < kEps ? kEps : norm);
 }
 
+// NaN is above all numbers: of sub-centres of which one has it, the largest cosine must not hide it.
+__device__ __forceinline__ bool exceeds(float a, float b) { return a > b || (a != a && b == b); }
+__device__ __forceinline__ float largest_or_nan(float a, float b) { return exceeds(a, b) ? a : b; }
+
 // The power of two below `top`, and at least kLeastUnit.
 __device__ __forceinline__ float unit_below(float top) {
   return __uint_as_float(__float_as_uint(fmaxf(top, kLeastUnit)) & 0x7f800000u);
@@ -79,6 +83,11 @@ __device__ __forceinline__ int operand_at(int row, int chunk) {
 }
 
 // Products of one fragment; float32 in three products of tf32, without that of the two remainders.
+//
+// Tensor cores cut off what a sum has beyond float32 (Fasi et al. 2021, doi:10.7717/peerj-cs.330; arXiv 2512.07004): in
+// one accumulator over all of a row these errors, all towards zero, would grow with the row, to 16 times those of plain
+// float32 at D = 512. So three products go into a fresh accumulator, which an ordinary addition, to nearest, takes in
+// (as Ootomo & Yokota 2022, doi:10.1177/10943420221090256). 16-bit operands lose more to their own rounding.
 template <class T>
 struct Fragments {
   uint32_t a[kRowFragments][4];
@@ -112,9 +121,12 @@ struct Fragments<float> {
     split(high, b[1], b_rest[1]);
 #pragma unroll
     for (int m = 0; m < kRowFragments; m++) {
-      multiply_add_tf32(acc[m][n], rest[m], b);
-      multiply_add_tf32(acc[m][n], a[m], b_rest);
-      multiply_add_tf32(acc[m][n], a[m], b);
+      float part[4] = {};
+      multiply_add_tf32(part, rest[m], b);
+      multiply_add_tf32(part, a[m], b_rest);
+      multiply_add_tf32(part, a[m], b);
+#pragma unroll
+      for (int i = 0; i < 4; i++) acc[m][n][i] += part[i];
     }
   }
 };
@@ -161,17 +173,11 @@ class Tiles {
   template <class Done>
   __device__ void run(int64_t begin, int64_t end, Done& done) {
     Accumulators acc = {};
-    const int64_t steps = (end - begin) * slices_;
-    fetched_tile_ = begin;
-    for (int s = 0; s < kStages - 1; s++) {
-      if (s < steps) fetch(s);
-      copy_commit();
-    }
-    int slice = 0;
-    int64_t tile = begin;
-    for (int64_t step = 0; step < steps; step++) {
-      const int stage = int(step % kStages), turn = int(step & 1);
-      float* const of_tile = numbers_ + ((tile - begin) & 1) * 2 * kSlots;
+    fetched_tile_ = int(begin);
+    for (int s = 0; s < kStages - 1; s++) fetch_next(s, int(end));
+    int slice = 0, stage = 0, turn = 0;
+    for (int tile = int(begin); tile < end;) {
+      float* const of_tile = numbers_ + (tile & 1) * 2 * kSlots;
       const SlotNumbers numbers = {of_tile, of_tile + kSlots};
       copy_wait<kStages - 2>();
       const bool rescaled = convert(stage, slice, tile, w_ + turn * kOperandBytes, rescale_ + turn * kSlots, numbers);
@@ -180,9 +186,9 @@ class Tiles {
       } else {
         __syncthreads();
       }
-      if (step + kStages - 1 < steps) fetch(int((step + kStages - 1) % kStages));
-      copy_commit();
+      fetch_next(stage ? stage - 1 : kStages - 1, int(end));  // into what was multiplied before the barrier
       multiply(acc, x_ + stage * kOperandBytes, w_ + turn * kOperandBytes);
+      turn ^= 1, stage = stage == kStages - 1 ? 0 : stage + 1;
       if (++slice == slices_) {
         done(tile, acc, numbers);
 #pragma unroll
@@ -202,7 +208,13 @@ class Tiles {
     return raw_ + stage * (kSlots * kDepth * size_) + (i * kThreads + int(threadIdx.x)) * 16;
   }
 
-  // The next slice of x_hat and w on their way into a stage.
+  // One more group of copies, if slices are left one on its way into a stage.
+  __device__ __forceinline__ void fetch_next(int stage, int end) {
+    if (fetched_tile_ < end) fetch(stage);
+    copy_commit();
+  }
+
+  // The next slice of x_hat and w on their way.
   __device__ __forceinline__ void fetch(int stage) {
 #pragma unroll
     for (int i = 0; i < kOperandBytes / 16 / kThreads; i++) {
@@ -215,14 +227,14 @@ class Tiles {
 #pragma unroll
     for (int i = 0; i < kMostChunks; i++) {
       if (i >= own_chunks_) break;
-      if (fetched_slice_ == 0) source_[i] = source_row(p_, slot_of(p_, fetched_tile_, slot(i)).row) * p_.w.row;
+      if (fetched_slice_ == 0) source_[i] = int(source_row(p_, slot_of(p_, fetched_tile_, slot(i)).row));
+      const int64_t source = source_[i] * p_.w.row;
       if (copied_) {
         const bool inside = first < p_.dim;
         copy_async_16(raw(stage, i),
-                      static_cast<const unsigned char*>(p_.w.data) + (source_[i] + (inside ? first : 0)) * size_,
-                      inside);
+                      static_cast<const unsigned char*>(p_.w.data) + (source + (inside ? first : 0)) * size_, inside);
       } else {
-        copy_elements(raw(stage, i), source_[i], first);
+        copy_elements(raw(stage, i), source, first);
       }
     }
     if (++fetched_slice_ == slices_) fetched_slice_ = 0, fetched_tile_++;
@@ -354,7 +366,7 @@ class Tiles {
 
   __device__ __forceinline__ void multiply(Accumulators& acc, const unsigned char* x, const unsigned char* w) const {
     const int lane = place_.lane;
-#pragma unroll
+#pragma unroll(sizeof(T) == 4 ? 1 : kSliceBytes / 32)  // fresh accumulators take the registers of a second half
     for (int half = 0; half < kSliceBytes / 32; half++) {
       Fragments<T> fragments;
 #pragma unroll
@@ -382,9 +394,8 @@ class Tiles {
   float *numbers_, *rescale_;     // SlotNumbers of two tiles; [2, kSlots]
   int size_, chunks_, own_chunks_, slices_;
   bool scaled_, copied_;
-  int64_t fetched_tile_ = 0;
-  int fetched_slice_ = 0;
-  int64_t source_[kMostChunks];
+  int fetched_tile_ = 0, fetched_slice_ = 0;
+  int source_[kMostChunks];  // rows of w; where they begin is worked out again, as registers are wanted
   float square_[kMostChunks], unit_[kMostChunks];
 };
 

@@ -5,6 +5,7 @@ The kernels are in `_C.abi3.so` (csrc/cuda), if it was built where nvcc is; noth
 
 from __future__ import annotations
 
+import ctypes
 import functools
 
 import torch
@@ -15,7 +16,6 @@ from ..update_rules import State, Update
 from . import cpu, gpu
 from .reference import check_labels
 
-_OLDEST = 8, 0  # compute capability
 _KEY = "CUDA"  # of the devices that the kernels are registered for
 _schemas = torch.library.Library("fused_margin_cuda", "DEF")
 _OPERANDS = "int operand"
@@ -29,9 +29,19 @@ def _built() -> bool:
 
 
 @functools.lru_cache(maxsize=16)
-def _too_old(device: torch.device) -> str:
-    has = torch.cuda.get_device_capability(device)
-    return "" if has >= _OLDEST else f"{device} has compute capability {has}; the kernels need {_OLDEST}"
+def _no_code(device: torch.device) -> str:
+    """Why the library has nothing that runs on the device, "" if it has."""
+    library = cpu._C
+    library.fm_cuda_why_not.restype = library.fm_cuda_architectures.restype = ctypes.c_char_p
+    reason = library.fm_cuda_why_not(device.index or 0).decode()
+    if not reason:
+        return ""
+    has = ".".join(map(str, torch.cuda.get_device_capability(device)))
+    built = (f"{a[:-2]}.{a[-2]}" for a in library.fm_cuda_architectures().decode().split(","))
+    return (
+        f"{device} has compute capability {has}, and the extension, built for {', '.join(built)}, cannot run there "
+        f"({reason}); from 8.0 on, build it with TORCH_CUDA_ARCH_LIST={has}"
+    )
 
 
 def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
@@ -47,8 +57,8 @@ def why_not(x: Tensor | None, w: Tensor | None, spec: Spec) -> list[str]:
     if x is None and device == "cuda" and not torch.cuda.is_available():
         reasons.append("torch sees no GPU")
     reasons += gpu.why_not_input(x, w, spec, lambda d: d.type == device)
-    if x is not None and x.is_cuda and _too_old(x.device):
-        reasons.append(_too_old(x.device))
+    if x is not None and x.is_cuda and _built() and _no_code(x.device):
+        reasons.append(_no_code(x.device))
     return reasons
 
 

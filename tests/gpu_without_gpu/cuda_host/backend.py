@@ -24,7 +24,8 @@ from fused_margin.backends import cuda as backend
 from .. import ptx as emulator
 from . import builder
 
-KERNELS = tuple(sorted((builder.CSRC / "cuda").glob("*.cu")))
+_ASKS_A_DRIVER = builder.CSRC / "cuda" / "architectures.cu"
+KERNELS = tuple(sorted({*(builder.CSRC / "cuda").glob("*.cu")} - {_ASKS_A_DRIVER}))
 replaced: dict[Path, Path] = {}  # of the sources, see planted.py
 _OPERATORS = builder.CSRC / "cuda" / "ops.cpp"
 _ENTRIES = ("target_cosine", "sweep", "sweep_loss", "sweep_backward", "update_rows", "sweep_step")
@@ -61,16 +62,21 @@ def library() -> ctypes.CDLL:
 
 
 @contextlib.contextmanager
-def simulated(seed: int = 0, programs: int = 0, chunk: int = 0) -> Iterator[ctypes.CDLL]:
-    """Within the block the CUDA backend takes CPU tensors; programs, chunk: as fm_cuda_cut takes them."""
+def simulated(seed: int = 0, programs: int = 0, chunk: int = 0, truncates: bool = False) -> Iterator[ctypes.CDLL]:
+    """Within the block the CUDA backend takes CPU tensors; programs, chunk: as fm_cuda_cut takes them.
+
+    truncates: sums of tensor-core products are cut off, as on real ones.
+    """
     loaded = library()
     why_not, backend.why_not = backend.why_not, lambda *args: []
     loaded.simulator_seed(seed)
+    loaded.simulator_truncates(truncates)
     loaded.fm_cuda_cut(programs, chunk)
     try:
         yield loaded
     finally:
         loaded.fm_cuda_cut(0, 0)
+        loaded.simulator_truncates(False)
         backend.why_not = why_not
 
 
@@ -103,8 +109,8 @@ def parsed(text: str, name: str) -> emulator.Kernel:
     return emulator.Kernel(text, name)
 
 
-def execute(name, text, grid, threads, argument, smem, buffers):
-    return emulator.launch(parsed(text, name), grid, threads, [argument], smem=smem, more_buffers=buffers)
+def execute(name, text, grid, threads, argument, smem, buffers, **options):
+    return emulator.launch(parsed(text, name), grid, threads, [argument], smem=smem, more_buffers=buffers, **options)
 
 
 @contextlib.contextmanager

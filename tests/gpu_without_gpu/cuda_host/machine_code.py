@@ -70,6 +70,11 @@ def why_not() -> str:
     return "" if ".cubin" in listed.stdout else f"{LIBRARY.name} was built without CUDA"
 
 
+def ptx() -> set[str]:
+    """The architectures of its PTX, which a driver can build newer code from."""
+    return set(re.findall(r"\.(sm_\d+)\.ptx", _dump("-lptx")))
+
+
 def short(symbol: str) -> str:
     """A kernel's name for people."""
     found = re.search(

@@ -25,6 +25,12 @@ def cache_for_chunk(l2_bytes) -> int:
     return function(ctypes.c_int64(l2_bytes))
 
 
+def splits_of(tiles, blocks, programs) -> int:
+    function = load("plan.cpp").splits
+    function.restype = ctypes.c_int64
+    return function(*(ctypes.c_int64(n) for n in (tiles, blocks, programs)))
+
+
 def plan(batch, dim, classes, centers=1, operands="bf16", programs=132, cache_bytes=16 << 20) -> Plan:
     found = (ctypes.c_int64 * 7)()
     given = (ctypes.c_int64(n) for n in (batch, dim, classes))

@@ -1,6 +1,7 @@
 """Bugs in the kernels themselves, planted in a copy of csrc, and what shows each: numbers, or a sanitizer.
 
-python -m tests.gpu_without_gpu.cuda_host.planted NAME     # the seeds under which NAME gives wrong numbers
+python -m tests.gpu_without_gpu.cuda_host.planted NAME     # the seeds under which NAME gives wrong numbers, or the
+                                                           # tests that it names, if they fail
 """
 
 from __future__ import annotations
@@ -22,6 +23,11 @@ class Planted(NamedTuple):
     numbers: bool = True  # wrong under some seed
     source: str = ""  # the file to compile, if it is not that of the mode's sweeps
     report: dict[str, str] = {}  # noqa: RUF012 (read only); sanitizer -> what it says
+    test: str = ""  # in the place of seeds, the test that fails: FILE -k NAME
+
+
+def edge(file: str, old: str, new: str, test: str, source: str = "rows.cu") -> Planted:
+    return Planted(file, old, new, source=source, test=f"test_sweep_edges.py -k {test}")
 
 
 RACE = {"thread": "data race"}
@@ -35,7 +41,7 @@ PLANTED = {
     ),
     "wait for one group less": Planted("tile.cuh", "copy_wait<kStages - 2>();", "copy_wait<kStages - 1>();"),
     "fetch into what is read": Planted(
-        "tile.cuh", "fetch(int((step + kStages - 1) % kStages));", "fetch(stage);", report=RACE
+        "tile.cuh", "fetch_next(stage ? stage - 1 : kStages - 1,", "fetch_next(stage,", report=RACE
     ),
     "store beyond the end": Planted(
         "forward.cuh", "to[k] = out[k];", "to[k + 1] = out[k];", report={"address": "heap-buffer-overflow"}
@@ -49,6 +55,48 @@ PLANTED = {
     "dampened at first": Planted("update.cuh", "else if (t == 1)", "else if (t == 0)", source="rows.cu"),
     "a weight that changes before the last call has read it": Planted(
         "ops.cpp", "if (made.update && c == calls.back()) {", "if (made.update) {", source="ops.cpp"
+    ),
+    "float32 sums in one accumulator": Planted(
+        "tile.cuh", "float part[4] = {};",
+        "float part[4]; for (int i = 0; i < 4; i++) part[i] = acc[m][n][i], acc[m][n][i] = 0;",
+        mode="fp32", test="test_sweep_numbers.py -k truncate",
+    ),
+    "ignored rows take part": edge(
+        "row.cuh", "const bool counts = label != p.ignore_index;", "const bool counts = true;", "ignored_rows_that_hold"
+    ),
+    "mean over all rows": edge("rows.cuh", "share = 1.0 / (valid > 0 ? valid : 1);", "share = 1.0 / p.batch;", "mean"),
+    "no unit of the batch": edge(
+        "row_gradients.cuh", "p.operand == Storage::f16 ? unit_of_batch(b) : 1.0f", "1.0f", "loss_scale"
+    ),
+    "no rescaling": edge(
+        "tile.cuh", "} else if (top > kMostOverUnit * unit_[i])", "} else if (false)", "powers_of_ten", "sweep_f16.cu"
+    ),
+    "a clamped norm of w has a slope": edge(
+        "row_gradients.cuh", "sqrtf(square) < kEps ? 0.0f : over_warp", "over_warp", "norms and w"
+    ),
+    "a clamped norm of x has a slope": edge("row.cuh", "sqrtf(square) >= kEps}", "true}", "norms and x"),
+    "a signed unit of the batch": edge("row_gradients.cuh", "fabsf(at(b.p.scale, k))", "at(b.p.scale, k)", "negative"),
+    "a NaN below all numbers": edge(
+        "tile.cuh", "return a > b || (a != a && b == b);", "return a > b || b != b;", "center", "sweep_f32.cu"
+    ),
+    "a row without rivals not set apart": edge(
+        "row_gradients.cuh", "if (red == -INFINITY) {", "if (false) {", "minus_infinity"
+    ),
+    "chunks of 16 bits all at the first one's place": edge(
+        "ops.cpp", "first_row * p.dim * size_of(d_w.storage);",
+        "first_row * p.dim * (size_of(d_w.storage) & 4);", "several_chunks", "ops.cpp"
+    ),
+    "copies beyond a row": edge(
+        "tile.cuh", "p.dim * size_ % 16 == 0 &&", "true &&", "gap", "sweep_f32.cu"
+    ),
+    "sums of tiles not compensated": edge(
+        "rival.cuh", "low += (total - (sum - part)) + (value - part);", "", "many_tiles", "sweep_f32.cu"
+    ),
+    "the rest of a log-sum-exp dropped": edge(
+        "row_gradients.cuh", " + at(b.red_low, i)))", "))", "large_scales"
+    ),
+    "the rest of a scale dropped": edge(
+        "rows.cuh", "p.constants[p.padded + i] = folded_rest(s, hi);", "p.constants[p.padded + i] = 0;", "large_scales"
     ),
 }  # fmt: skip
 
@@ -65,6 +113,17 @@ def sources(name: str) -> dict[Path, Path]:
     (folder / "cuda" / planted.file).write_text(changed)
     source = planted.source or f"sweep_{planted.mode.replace('fp', 'f')}.cu"
     return {builder.CSRC / "cuda" / source: folder / "cuda" / source}
+
+
+def failing(test: str) -> list[str]:
+    """What `FILE -k NAME` names, if a test there fails."""
+    import pytest
+
+    file, name = test.split(" -k ")
+    folder = "tests/gpu_without_gpu/cuda_host"
+    code = pytest.main(["-q", "-x", "-p", "no:cacheprovider", "--no-header", f"{folder}/{file}", "-k", name])
+    assert code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), code
+    return [test] if code == pytest.ExitCode.TESTS_FAILED else []
 
 
 def wrong_head(mode: str, seed: int) -> bool:
@@ -94,8 +153,11 @@ def main(name: str) -> None:
     from . import backend
 
     backend.replaced.update(sources(name))
-    mode, of_sweep = PLANTED[name].mode, not PLANTED[name].source
-    wrong = [seed for seed in range(6) if (wrong_head(mode, seed) if of_sweep else wrong_step(seed))]
+    planted = PLANTED[name]
+    if planted.test:
+        wrong = failing(planted.test)
+    else:
+        wrong = [s for s in range(6) if (wrong_step(s) if planted.source else wrong_head(planted.mode, s))]
     print("wrong under:", wrong)
 
 

@@ -56,6 +56,12 @@ def test_every_architecture_is_there(rows):
     assert {row.arch for row in rows} == set(machine_code.MACHINES)
 
 
+@pytest.mark.usefixtures("rows")
+def test_ptx_of_the_oldest():
+    """So that it runs on what has no code of its own, such as capability 11.0."""
+    assert machine_code.ptx() == {"sm_80"}
+
+
 def test_budget(rows, shared):
     assert {row.kernel for row in rows} >= set(UPDATES)
     for row in rows:

@@ -13,7 +13,7 @@ from fused_margin.spec import Spec, Want
 from fused_margin.update_rules import State, Update
 
 from .backend import emulated, simulated
-from .planned import OPERANDS, cache_for_chunk, plan
+from .planned import OPERANDS, cache_for_chunk, plan, splits_of
 from .test_step_numbers import draw
 
 DEVICES = {name: (d.processors, d.cache) for name, d in roofline.DEVICES.items() if d.processors} | {
@@ -36,18 +36,48 @@ def test_limits(device, classes):
                 assert slots == 128
                 assert (p.tiles - 1) * p.tile_classes < classes <= p.tiles * p.tile_classes
                 assert 1 <= p.splits <= p.tiles
-                assert p.blocks * p.splits <= max(programs, p.blocks) <= MOST_PROGRAMS
+                assert p.blocks * p.splits <= p.blocks + 8 * programs <= MOST_PROGRAMS
                 assert p.chunk % p.tile_classes == 0
-                assert min(classes, 4096) <= p.chunk <= min(classes, 131072) + p.tile_classes
+                assert min(classes, 2048 // centers) <= p.chunk <= min(classes, 131072 // centers) + p.tile_classes
                 # What a row kernel launches for the rows of a chunk, at least a row a program.
                 assert p.chunk * centers <= MOST_PROGRAMS
 
 
-def test_splits_fill_the_device_once():
-    assert plan(512, 512, 10**6).splits == 132 // 4
-    assert plan(128, 512, 10**6).splits == 132
-    assert plan(10**5, 512, 10**6).splits == 1
+def busy(tiles, blocks, splits, programs):
+    """The part of a sweep's time that its multiprocessors have a tile to work on."""
+    waves = -(-blocks * splits // programs)
+    return tiles * blocks / (programs * waves * -(-tiles // splits))
+
+
+BATCHES = (1, 128, 256, 384, 512, 640, 1024, 1536, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768, 65536)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("operands", OPERANDS)
+@pytest.mark.parametrize("centers", [1, 3])
+def test_multiprocessors_are_busy(device, operands, centers):
+    """In both sweeps; at few tiles, not many more than multiprocessors, it could not be."""
+    programs, l2 = DEVICES[device]
+    for batch in BATCHES:
+        p = plan(batch, 512, 10**6, centers, operands, programs, cache_for_chunk(l2 << 20))
+        tiles = p.chunk // p.tile_classes
+        assert busy(p.tiles, p.blocks, p.splits, programs) >= 0.9, batch
+        assert busy(tiles, p.blocks, splits_of(tiles, p.blocks, programs), programs) >= 0.9, batch
+
+
+def test_splits():
+    assert plan(512, 512, 10**6).splits == 132 // 4  # one wave is full
     assert plan(1, 512, 300).splits == 3  # no more than tiles
+    assert plan(1, 512, 0).splits == 1
+    assert plan(1, 512, 128 * 140).splits == 70  # 132 parts would not end sooner
+    assert plan(8192, 512, 10**6, programs=108).splits > 1  # 64 blocks alone would leave 44 idle
+
+
+def test_chunks_of_sub_centers_have_no_more_rows():
+    for centers in (1, 2, 16):
+        few, many = (plan(batch, 512, 10**6, centers).chunk * centers for batch in (1, 10**6))
+        assert 100000 < few <= 131072
+        assert many <= 4096
 
 
 def test_chunks_stay_in_the_cache():
@@ -71,7 +101,12 @@ def test_launches_at_30_million_classes():
     with emulated(None, run, programs=132):
         red, *_ = ops.sweep(x.requires_grad_(), w, torch.tensor([0, classes - 1]), scale, None, None, None, args, spec)
         torch.autograd.grad(red.sum(), x)
-    check_launches(launched, -(-classes // 131072))
+    check_launches(launched, chunks_of(classes))
+
+
+def chunks_of(classes):
+    """Of a few rows."""
+    return -(-classes // plan(1, 8, classes).chunk)
 
 
 def check_launches(launched, gradients):
@@ -94,7 +129,7 @@ def test_launches_of_an_update_of_30_million_classes():
 
     with emulated(None, run, programs=132):
         step._replace(w=w, calls=calls, spec=spec).run()
-    chunks = -(-classes // 131072)
+    chunks = chunks_of(classes)
     check_launches(launched, 2 * chunks)
     of_chunk = ["gradient", "finish_weights", "gradient", "update_weights"]
     assert [name for name, *_ in launched] == 2 * ["backward_rows", "prologue"] + chunks * of_chunk

@@ -37,6 +37,12 @@ def test_sweep(rule, operands, reduction, part, unit_slope, layout, bias, dim):
         hold_to_the_rule(operands, draw, DRAWS, 8 * DRAWS)
 
 
+def test_sums_that_tensor_cores_truncate():
+    """In float32 at D = 512, where errors that all go one way would have added up."""
+    with simulated(seed=3, truncates=True):
+        sweep("identity", torch.float32, bias=False, dim=512).check()
+
+
 def draws(margin, mode, count=2, **options):
     return (problem(MARGINS[margin], MODES[mode], 19, CLASSES, 40, seed, **options) for seed in range(count))
 

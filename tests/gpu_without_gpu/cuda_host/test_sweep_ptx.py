@@ -4,6 +4,7 @@ Losses and all gradients against the float64 oracle under the error rule, with b
 planted error of the compiled code is reported, or changes no bit.
 """
 
+import functools
 import re
 from typing import NamedTuple
 
@@ -11,6 +12,8 @@ import pytest
 import torch
 
 import fused_margin as fm
+from fused_margin import ops
+from fused_margin.spec import Aux, Want
 
 from ... import cases
 from ...test_primitive import check_masks_of_both_directions
@@ -18,7 +21,8 @@ from .. import mutations
 from ..proof import record
 from ..ptx import PTXError
 from . import builder
-from .backend import emulated, execute
+from .backend import emulated, execute, simulated
+from .test_sweep_numbers import sweep
 
 pytestmark = pytest.mark.skipif(builder.NVCC is None, reason="no nvcc on PATH")
 
@@ -61,6 +65,20 @@ def test_numbers(arch, margin, mode, shape, options):
         row |= {f"{name}: ours": f"{ours.max:.1e}", f"{name}: allowed": f"{2 * plain.max:.1e}"}
     shown = {name: value for name, value in row.items() if not name.startswith(("d_bias", "d_scale", "d_m"))}
     record("cuda_numbers", shown)
+
+
+@pytest.mark.slow
+def test_sums_that_tensor_cores_truncate():
+    """Under the error rule in float32; and the emulator's tensor core is the simulator's, bit for bit."""
+    s, best = sweep("identity", torch.float32, bias=False, dim=512, batch=5, classes=40), []
+    run = functools.partial(execute, truncates=True)
+    for place in (emulated(80, run), simulated(truncates=True)):
+        with place:
+            s.check()
+            spec = s.spec("cuda", want=int(Want.STATS), compute_dtype=torch.float32)
+            x, w, scale = (s.leaves[n].detach() for n in ("x", "w", "scale"))
+            best.append(Aux(*ops.sweep(x, w, s.labels, scale, None, None, None, torch.zeros(0), spec)[3]).best)
+    assert torch.equal(*best)
 
 
 class Memory(NamedTuple):

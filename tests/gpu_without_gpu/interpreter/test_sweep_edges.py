@@ -1,7 +1,6 @@
-"""Edges of the Triton kernels, in the interpreter with memory guarded: what has broken other people's kernels before.
+"""Edges of the Triton kernels, in the interpreter with memory guarded: those of sweep_edges.py, and Triton's own.
 
-Offsets beyond 2^31, grids beyond 65,535, a label that equals a padded column, shards without a class, rows that are
-ignored, gradients without stride, loss scales in fp16, norms of any size, launches, waiting for the device.
+Offsets beyond 2^31, grids beyond 65,535, masks at their threshold, launches, waiting for the device.
 """
 
 import pytest
@@ -9,20 +8,17 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import interpreter_builder
 
-import fused_margin as fm
 from fused_margin import ops
-from fused_margin.functional import margin_cross_entropy
 from fused_margin.kernels import configs, forward, gradients, launch, tune
 from fused_margin.kernels.configs import use
 from fused_margin.kernels.plan import Inputs, plan, splits_of
 from fused_margin.spec import Aux, Spec, Want
 
-from ... import cases, oracle
-from ...cases import MARGINS, Mode, problem
-from ...error_rule import ErrorRule
-from ...test_edges import NORMS, _by_rows
+from ... import oracle
+from .. import sweep_edges
 from ..sweep_cases import BATCH, CLASSES, Sweep
-from .test_sweep_numbers import device
+from ..sweep_edges import ring
+from .test_sweep_numbers import chunks, device, form  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -33,78 +29,17 @@ def tiny():
         yield
 
 
-def ring(batch=BATCH, classes=CLASSES, dim=20, seed=0):
-    x, w, labels = cases.spread(batch, classes, dim, seed)
-    return x.float().requires_grad_(), w.float().requires_grad_(), labels
+@pytest.fixture
+def backend():
+    return "triton"
 
 
-def loss_and_gradients(x, w, labels, margin="arcface_linear", **options):
-    case = MARGINS[margin]
-    loss = margin_cross_entropy(x, w, labels, case.make(case.params), backend="triton", **options)
-    return [loss, *torch.autograd.grad(loss.sum(), (x, w))]
+class TestEdges(sweep_edges.Edges):
+    pass
 
 
-def test_label_in_the_last_padded_tile():
-    """75 classes fill three tiles of 32 up to column 95. Labels: the last class; columns 75 and 95, no classes."""
-    sweep = Sweep("identity", torch.float32, "shard", bias=False, backend="triton")
-    sweep.labels[:5] = 11 + torch.tensor([CLASSES - 1, CLASSES, 95, 96, 0])
-    sweep.check()
-
-
-def test_labels_outside_and_ignored_rows_that_hold_nan():
-    x, w, labels = ring()
-    labels[3:6] = -100
-    clean = loss_and_gradients(x, w, labels)
-    with torch.no_grad():
-        x[3:6] = float("nan")
-    for got, expected in zip(loss_and_gradients(x, w, labels), clean, strict=True):
-        assert torch.equal(got, expected)
-    assert not clean[1][3:6].any()
-    with pytest.raises(RuntimeError, match=rf"labels\[0\] = {CLASSES} is outside"):
-        loss_and_gradients(x, w, torch.full_like(labels, CLASSES))
-
-
-@pytest.mark.parametrize("form", ["flash", "chunk"])
-@pytest.mark.parametrize("batch", [0, BATCH], ids=["empty batch", "all ignored"])
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_no_row_counts(form, batch, reduction):
-    x, w, labels = ring(BATCH)
-    x = x[:batch].detach().requires_grad_()
-    with use(device(form)):
-        loss, d_x, d_w = loss_and_gradients(x, w, torch.full_like(labels[:batch], -100), reduction=reduction)
-    for t in (loss, d_x, d_w):
-        assert torch.equal(t, torch.zeros_like(t))
-
-
-@pytest.mark.parametrize("form", ["flash", "chunk"])
-def test_shard_without_a_class(form):
-    sweep = Sweep("hard", torch.float32, bias=False, backend="triton")
-    x, w, scale = (sweep.leaves[n] for n in ("x", "w", "scale"))
-    with use(device(form)):
-        want = int(Want.DX | Want.DSCALE | Want.STATS | (Want.SUM if form == "chunk" else 0))
-        empty = torch.empty(0, dtype=torch.long)
-        args = torch.tensor([1.2, 0.2])
-        got = ops.sweep(x, w, sweep.labels, scale, sweep.tau, None, empty, args, sweep.spec("triton", want=want))
-        assert (got[0] == -torch.inf).all()
-        assert (Aux(*got[3]).best == -torch.inf).all()
-        for t in (*got[1:3], *sweep.gradients(got, sweep.leaves).values()):
-            assert torch.equal(t, torch.zeros_like(t))
-
-
-def test_row_without_a_rival():
-    x, w, labels = ring(5, 1)
-    for t in loss_and_gradients(x, w, labels * 0):
-        assert torch.equal(t, torch.zeros_like(t))
-
-
-def test_gradient_without_stride_is_that_with_it():
-    x, w, labels = ring()
-    red, cos_y, _, _ = ops.sweep(x, w, labels, torch.full((BATCH,), 30.0), None, None, None, torch.zeros(0), spec())
-    ones = torch.ones(BATCH)
-    dense = torch.autograd.grad((red, cos_y), (x, w), (ones, ones), retain_graph=True)
-    expanded = torch.autograd.grad((red, cos_y), (x, w), (torch.ones(1).expand(BATCH),) * 2)
-    for a, b in zip(dense, expanded, strict=True):
-        assert torch.equal(a, b)
+def loss_and_gradients(*args, **options):
+    return sweep_edges.loss_and_gradients("triton", *args, **options)
 
 
 def spec(**changes):
@@ -200,36 +135,6 @@ def test_grid_is_one_axis_of_bounded_length(monkeypatch):
     assert max(programs) < 2**31
 
 
-@pytest.mark.parametrize("factor", [1.0, 65536.0, 1e-6])
-def test_loss_scale_in_fp16(factor):
-    """A GradScaler's factor, which alone would fill fp16's range, changes gradients by a rounding of it at most."""
-    found = []
-    for f in (1.0, factor):
-        x, w, labels = ring()
-        loss = margin_cross_entropy(x, w, labels, fm.ArcFace(0.5), backend="triton", compute_dtype=torch.float16)
-        found.append([g / f for g in torch.autograd.grad(f * loss, (x, w))])
-    for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-3 * float(a.abs().max()))
-        assert a.isfinite().all()
-
-
-@pytest.mark.parametrize("operands", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("side", ["x", "w"])
-@pytest.mark.parametrize("norms", NORMS)
-def test_norms(norms, side, operands):
-    """Rows of w and x of any length, though fp16 holds numbers from 6e-8 to 65504 only."""
-    rounded = None if operands == torch.float32 else operands
-    p = problem(MARGINS["cosface"], Mode(torch.float32, torch.float32, operands, rounded), 20, 40, 24)
-    given = oracle.unit(p.tensors[side].double())
-    factors = torch.tensor(NORMS[norms], dtype=torch.float64).repeat(10)[: len(given), None]
-    p.tensors[side] = (given * factors).float()
-    got, plain, exact = cases.run(p, "triton"), cases.plain(p), cases.exact(p)
-    rule, name = ErrorRule(), f"d_{side}"
-    rule.add_all(*({n: t for n, t in found.items() if n != name} for found in (got, plain, exact)))
-    rule.add_all(*(_by_rows({name: found[name]}, exact) for found in (got, plain, exact)))
-    rule.check()
-
-
 @pytest.mark.parametrize("ahead", [0, 1], ids=["tau at the best rival", "tau just below it"])
 @pytest.mark.parametrize("operands", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_masks_are_decided_alike_in_both_directions(operands, ahead):
@@ -267,8 +172,8 @@ class Waiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("form, chunk_launches", [("flash", 3), ("chunk", 4)])
-def test_launches_and_no_waiting(form, chunk_launches, monkeypatch):
+@pytest.mark.parametrize("kind, chunk_launches", [("flash", 3), ("chunk", 4)])
+def test_launches_and_no_waiting(kind, chunk_launches, monkeypatch):
     """Forward: 4 launches. Backward: 3 of them, and at most 4 for each of 3 chunks. No operator reads a value."""
     kernels = []
 
@@ -280,7 +185,7 @@ def test_launches_and_no_waiting(form, chunk_launches, monkeypatch):
     monkeypatch.setattr(gradients, "_CHUNK_CLASSES", (32, 32))
     x, w, labels = (t.detach() for t in ring())
     scale, g = torch.full((BATCH,), 30.0), torch.ones(BATCH)
-    with use(device(form)), Waiting() as seen:
+    with use(device(kind)), Waiting() as seen:
         forms = [1.0, 1.0, 1.0, 0.5, 0.0]
         _, rows, aux, o_red = launch.sweep_loss(x, w, labels, scale, scale, spec(), forms, "mean")
         assert kernels == ["prologue", "sweep_kernel", "epilogue", "row_loss"]

@@ -36,7 +36,7 @@ def launch(ptx, grid, threads, args, smem=0, name=None, more_buffers=(), **optio
 
     ptx: text or Kernel; grid, threads: int or tuple; smem: dynamic shared bytes. Missing trailing pointers are null.
     A struct comes as its bytes, and what it points to as more_buffers: (address, array of bytes) each.
-    Raises PTXError.
+    check_races=False; truncates=True: tensor cores cut off what sums have beyond float32. Raises PTXError.
     """
     kernel = ptx if isinstance(ptx, Kernel) else Kernel(ptx, name)
     grid, threads = (((n,) if isinstance(n, int) else tuple(n)) + (1, 1) for n in (grid, threads))

@@ -21,7 +21,7 @@ REFUSED = {"cc", "relu", "satfinite", "xorsign", "hilo"}
 class Block(Arithmetic, Movement, Private, Warp, Wgmma, Memory):
     """The state of one thread block. `m` is everywhere the mask of executing threads."""
 
-    def __init__(self, kernel, shape, shared_bytes, buffers, params, index, grid, check_races=True):
+    def __init__(self, kernel, shape, shared_bytes, buffers, params, index, grid, check_races=True, truncates=False):
         self.kernel, self.buffers, self.index = kernel, buffers, index
         self.number = int(np.ravel_multi_index(index, grid[:3]))
         self.T = T = int(np.prod(shape))
@@ -47,6 +47,7 @@ class Block(Arithmetic, Movement, Private, Warp, Wgmma, Memory):
             self.private[:, kernel.private[name] : kernel.private[name] + len(value)] = value
         self.returns = {}  # function -> where each thread goes on
         self.flops = 0
+        self.truncates = truncates  # sums of mma.sync, see warp.py
         self.copies, self.copy_groups = [], []  # cp.async issued, and committed
         self.shared = Buffer(0, np.full(kernel.static_bytes + shared_bytes, 0xFF, u8))
         self.copying = np.zeros(len(self.shared), i32)  # cp.asyncs that may still write a byte

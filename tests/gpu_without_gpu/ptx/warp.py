@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 
-from .formats import PTXError, bf16_to_f32, f16, f32, i64, truncate_tf32, u8, u16, u32, u64
+from .formats import PTXError, bf16_to_f32, f16, f32, f64, i64, round_float, truncate_tf32, u8, u16, u32, u64
 from .parse import vector
 
 LANES = np.arange(32)
@@ -14,6 +14,17 @@ REDUCE = {
 }  # fmt: skip
 
 VOTES = {"or": np.any, "and": np.all, "popc": np.sum}
+
+
+def truncated_product(left, right, acc):
+    """acc + left @ right as a tensor core may have it: see truncated_sum of cuda_host/simulator/simulated_arch.h."""
+    for columns in np.split(np.arange(left.shape[-1]), 2):
+        products = left[..., columns, None].astype(f64) * right[:, None, columns]
+        terms = np.concatenate([acc[:, :, None].astype(f64), products], 2)
+        unit = np.ldexp(1.0, np.frexp(np.abs(terms).max(2))[1] - 25)
+        with np.errstate(invalid="ignore"):
+            acc = round_float(np.trunc(terms / unit[:, :, None]).sum(2) * unit, "f32", {"rz"})
+    return acc
 
 
 class Warp:
@@ -113,7 +124,7 @@ class Warp:
         part = [np.s_[:, 8 * (i // 2) : 8 * (i // 2) + 8, i % 2 :: 2] for i in range(4)]
         for i, o in enumerate(C):
             acc[part[i]] = self.read(o, "f32").reshape(self.W, 8, 4)
-        acc += left @ right
+        acc = truncated_product(left, right, acc) if self.truncates else acc + left @ right
         self.flops += len(warps) * 2 * 16 * 8 * K
         for i, o in enumerate(D):
             self.write(o, np.ascontiguousarray(acc[part[i]]).reshape(-1), m)

@@ -7,6 +7,8 @@
 
 CUSIM_EXPORT void simulator_seed(unsigned seed) { cusim::sim().seed = seed; }
 
+CUSIM_EXPORT void simulator_truncates(bool truncates) { cusim::sim().truncates = truncates; }
+
 template <class F>
 const char* guarded(F f) {
   static std::string text;

@@ -74,6 +74,7 @@ using Hook = int (*)(const void* kernel, const unsigned* grid, int threads, size
 
 struct Simulator {
   unsigned seed = 0;
+  bool truncates = false;  // sums of tensor cores, see simulated_arch.h
   Hook hook = nullptr;
   std::mt19937 random;
   dim3 grid, block, index;  // index: of the running block

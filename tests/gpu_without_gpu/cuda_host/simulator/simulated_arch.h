@@ -2,6 +2,8 @@
 //
 // An asynchronous copy lands when it is waited for (seed 0), at once (seed 1), or by chance at either time: a wait that
 // is missing leaves poison or old data behind, a barrier that is missing lets it overwrite what is still read.
+//
+// Sums of tensor-core products are float32's, or if asked truncated as hardware does it.
 #pragma once
 
 #include "cuda_names.h"
@@ -120,6 +122,25 @@ struct Tf32 {
   static float get(uint32_t bits, int) { return tf32_value(bits); }
 };
 
+// What a tensor core may make of c + sum a_k b_k: it takes half of the products at a time, drops what a term has two bits
+// or more below the last one of the largest, and what their sum has beyond float32. The A100's way as arXiv 2512.07004
+// describes it; newer units keep more.
+template <int N>
+float truncated_sum(float c, const float (&products)[N]) {
+  for (int first = 0; first < N; first += N / 2) {
+    float largest = std::fabs(c);
+    for (int k = first; k < first + N / 2; k++) largest = std::max(largest, std::fabs(products[k]));
+    if (!(largest > 0) || std::isinf(largest)) continue;
+    const double unit = std::ldexp(1.0, std::ilogb(largest) - 24);
+    double sum = std::trunc(c / unit);
+    for (int k = first; k < first + N / 2; k++) sum += std::trunc(products[k] / unit);
+    sum *= unit;
+    c = float(sum);
+    if (std::fabs(c) > std::fabs(sum)) c = std::nextafter(c, 0.0f);
+  }
+  return c;
+}
+
 // mma.sync.m16n8kK.row.col: with g = lane / 4, t = lane % 4 and V values a register, register i of A holds row
 // g + 8 (i % 2), columns V (t + 4 (i / 2)) and on; register i of B rows V (t + 4 i) and on of column g; d[e] is row
 // g + 8 (e / 2), column 2 t + e % 2.
@@ -148,7 +169,15 @@ void multiply_add(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
         for (int col = 0; col < 8; col++) sum[col] += left[row][k] * right[k][col];
       for (int col = 0; col < 8; col++) {
         const int l = row % 8 * 4 + col / 2, e = row / 8 * 2 + col % 2;
-        static_cast<float*>(arrived.out[l])[e] = static_cast<const In*>(arrived.in[l])->d[e] + sum[col];
+        const float before = static_cast<const In*>(arrived.in[l])->d[e];
+        float& out = static_cast<float*>(arrived.out[l])[e];
+        if (!sim().truncates) {
+          out = before + sum[col];
+        } else {
+          float products[K];
+          for (int k = 0; k < K; k++) products[k] = left[row][k] * right[k][col];
+          out = truncated_sum(before, products);
+        }
       }
     }
   };
