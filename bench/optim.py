@@ -49,20 +49,24 @@ class Training:
         self.at = at
         self.w = nn.Parameter(torch.empty(classes, dim, dtype=dtype).normal_(std=0.01, generator=g).to(at.device))
         self.m = torch.zeros_like(self.w)
-        self.adam: dict[str, torch.Tensor] = {}  # AdamW's state but for the steps' count, made where it is wanted
+        self.v, self.steps = None, 0  # AdamW's second moment, made where it is wanted, and its steps
         self.x = torch.randn(batch, dim, generator=g, dtype=dtype).to(at.device).requires_grad_()
         self.labels = torch.randint(classes, (batch,), generator=g).to(at.device)
         self.rows = torch.randperm(classes, generator=g)[: max(1, int(rate * classes))].sort().values.to(at.device)
         self.values = torch.randn(len(self.rows), dim, generator=g, dtype=dtype).to(at.device)
 
-    def _head(self, optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor] | None = None) -> None:
-        optimizer.state[self.w].update(state if state is not None else {"momentum_buffer": self.m})
+    def _head(self, optimizer: torch.optim.Optimizer, steps: torch.Tensor | None = None) -> None:
+        """`steps`: AdamW's count as the optimizer keeps it; without, it has a momentum alone."""
+        state = {"momentum_buffer": self.m}
+        if steps is not None:
+            self.v = torch.zeros_like(self.m) if self.v is None else self.v
+            self.steps += 1
+            state = {"exp_avg": self.m, "exp_avg_sq": self.v, "step": steps}
+        optimizer.state[self.w].update(state)
         fm.margin_cross_entropy(
             self.x, self.w, self.labels, fm.ArcFace(0.5), backend=self.at.backend, compute_dtype=self.at.operands
         ).backward()
         optimizer.step()
-        if state is not None:
-            state.update(optimizer.state[self.w])
         optimizer.zero_grad()
         self.x.grad = None
 
@@ -73,10 +77,11 @@ class Training:
         self._head(fm.optim.SweepSGD([self.w], **MOMENTUM))
 
     def dense_adamw(self) -> None:
-        self._head(torch.optim.AdamW([self.w], foreach=True, **ADAMW), self.adam)
+        self._head(torch.optim.AdamW([self.w], foreach=True, **ADAMW), torch.tensor(float(self.steps)))
 
     def sweep_adamw(self) -> None:
-        self._head(fm.optim.SweepAdamW([self.w], **ADAMW), self.adam)
+        steps = torch.full((len(self.w),), float(self.steps), device=self.w.device)
+        self._head(fm.optim.SweepAdamW([self.w], **ADAMW), steps)
 
     def rows_fused(self) -> None:
         optimizer = fm.optim.RowSGD([self.w], **MOMENTUM)

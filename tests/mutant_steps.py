@@ -12,7 +12,7 @@ TRITON_STEP_MUTANTS = [
         ("triton_square_of_nothing", "own_square * g * g", "own_square * g"),
         ("triton_eps_inside_the_root", "tl.sqrt_rn(v), tl", "tl.sqrt_rn(v + eps), tl"),
         ("triton_power_near_one", "tl.where(y > -0.5, x * p, 1 - tl.exp(y))", "1 - tl.exp(y)"),
-        ("triton_power_series_cut", "p = 1 - x * (1 / 7) * p", "p = 1 - x * (1 / 7)"),
+        ("triton_power_series_cut", "p = 1 - x * (1 / 5) * p", "p = 1 - x * (1 / 5)"),
         ("triton_class_has_a_row_of_steps", "tl.load(step + row // together)", "tl.load(step + row)"),
         ("triton_momentum_not_stored", "tl.store(m + at, b_m, mask=mask)", "pass"),
         ("triton_columns_of_the_next_row", "(i < rows)[:, None] & (d < D)", "(i < rows)[:, None] & (d <= D)"),

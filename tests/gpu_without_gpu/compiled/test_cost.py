@@ -100,7 +100,9 @@ def test_launches(arch, classes):
 
 @pytest.mark.slow
 def test_the_model_says_that_it_is_one():
-    assert all("model" in text.lower() for text in (roofline.time_table(), roofline.launch_table()))
+    assert all(
+        "model" in text.lower() for text in (roofline.time_table(), roofline.step_table(), roofline.launch_table())
+    )
     device = roofline.DEVICES["H100"]
     for shape in roofline.SHAPES:
         floor, *others = (
