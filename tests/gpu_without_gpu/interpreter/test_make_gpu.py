@@ -54,7 +54,8 @@ def test_broken_parity_stops_all(tmp_path, monkeypatch):
         return {name: cases.exact(p)[name].to(t.dtype) for name, t in plain(p).items()}
 
     monkeypatch.setattr(cases, "plain", without_error)
-    monkeypatch.setattr(gpu, "step_parity", lambda *args: [])
+    for name in ("swept_parity", "step_parity"):
+        monkeypatch.setattr(gpu, name, lambda *args: [])
     assert gpu.main(["--rehearse", "--output", str(tmp_path / "gpu.csv")]) == 1
     assert not (tmp_path / "gpu.csv").exists()
 
