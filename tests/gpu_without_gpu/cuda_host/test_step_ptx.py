@@ -7,7 +7,7 @@ from fused_margin.backends import cuda
 from fused_margin.update_rules import State
 
 from . import builder
-from .backend import emulated
+from .backend import emulated, simulated
 from .test_step_numbers import UPDATES, check, draw
 from .test_sweep_ptx import check_mutants, mutating
 
@@ -27,8 +27,11 @@ STEPS = [
     [pytest.param(*case, marks=pytest.mark.slow if n > 1 else (), id=str(n)) for n, case in enumerate(STEPS)],
 )
 def test_numbers(arch, options):
+    step = draw(**SMALL | options)
     with emulated(arch, chunk=128):
-        check(draw(**SMALL | options))
+        got = step.take()
+    with simulated(chunk=128):
+        check(step, got)
 
 
 def mutated(arch, dtype=torch.float32):
