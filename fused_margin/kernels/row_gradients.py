@@ -36,7 +36,7 @@ def _largest_factor(scale, g_red, g_sum, scale_step, g_red_step, g_sum_step, bat
         g = tl.abs(tl.load(g_red + k * g_red_step, mask=k < batch, other=0.0).to(tl.float32))
         h = tl.abs(tl.load(g_sum + k * g_sum_step, mask=k < batch, other=0.0).to(tl.float32))
         s = tl.load(scale + k * scale_step, mask=k < batch, other=0.0).to(tl.float32)
-        top = tl.maximum(top, tl.maximum(g, h) * s)
+        top = tl.maximum(top, tl.maximum(g, h) * tl.abs(s))
     return power_of_two(tl.max(top, 0))
 
 

@@ -56,7 +56,7 @@ def closest_centers(
     x_hat, y, w, index, D, w_row, w_col, CENTERS: tl.constexpr, INDEXED: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Cosines of the targets, and their rows among those read, the first of a class's maxima; 0 and -1 without one."""
+    """Cosines of the targets, and their rows among those read, the first of a class's maxima, as a NaN is; 0, -1 without."""
     best = tl.zeros(y.shape, tl.float32)
     best_row = tl.full(y.shape, -1, tl.int32)
     for center in range(CENTERS):
@@ -65,7 +65,7 @@ def closest_centers(
         c = tl.sum(x_hat * b_w, 1)
         if NORMALIZE:
             c *= inverse_norm(tl.sum(b_w * b_w, 1))
-        better = (row >= 0) & ((best_row < 0) | (c > best))
+        better = (row >= 0) & ((best_row < 0) | (c > best) | ((c != c) & (best == best)))
         best = tl.where(better, c, best)
         best_row = tl.where(better, row, best_row)
     return best, best_row

@@ -112,10 +112,12 @@ def clamp(c):
 
 @triton.jit
 def rivals(c, j_class, valid, target, ROWS: tl.constexpr, SLOTS: tl.constexpr, GROUP: tl.constexpr):
-    """Which cosines count: of classes, not the row's target, and of its sub-centres the first that is the maximum."""
+    """Which cosines count: of classes, not the row's target, and of its sub-centres the first that is the maximum, as a
+    NaN is: it is seen, not passed over."""
     keep = valid[None, :] & (j_class[None, :] != target[:, None])
     if GROUP > 1:
-        groups = tl.reshape(tl.where(valid[None, :], c, float("-inf")), (ROWS, SLOTS // GROUP, GROUP))
+        groups = tl.where(c == c, c, float("inf"))
+        groups = tl.reshape(tl.where(valid[None, :], groups, float("-inf")), (ROWS, SLOTS // GROUP, GROUP))
         center = tl.arange(0, GROUP)[None, None, :]
         first = tl.min(tl.where(groups == tl.max(groups, 2)[:, :, None], center, GROUP), 2)
         keep = keep & tl.reshape(first[:, :, None] == center, (ROWS, SLOTS))

@@ -177,3 +177,25 @@ class Edges:
     @pytest.mark.parametrize("labels", [[5] * 40, [0, 1] * 20, [139] * 40], ids=["one class", "two", "the last"])
     def test_duplicate_labels(self, backend, labels):
         test_edges.test_duplicate_labels(backend, FP32, labels)
+
+    def test_negative_scales_in_fp16(self, backend):
+        p = problem(MARGINS["cosface"], mode_of(torch.float16), BATCH, CLASSES, 20)
+        p.tensors["scale"], p.per = torch.full((BATCH,), -8.0), "sample"
+        p.tensors["m"] = torch.full((BATCH,), 0.35)
+        check_by_rows([p], backend, "w")
+
+    @pytest.mark.parametrize("operands", OPERANDS, ids=str)
+    @pytest.mark.parametrize("centers", [2, 3, 16])
+    def test_a_center_that_is_nan_is_seen(self, backend, centers, operands):
+        """By every row: it is the rival, or the target, of each."""
+        x, w, labels = ring(classes=30 * centers)
+        labels %= 30
+        labels[0] = 4
+        with torch.no_grad():
+            w[5 * centers - 1] = math.nan  # the last one of class 4
+        for reduction in ("mean", "none"):
+            loss, d_x, _ = loss_and_gradients(
+                backend, x, w, labels, sub_centers=centers, compute_dtype=operands, reduction=reduction
+            )
+            assert loss.isnan().all()
+            assert d_x.isnan().any(1).all()

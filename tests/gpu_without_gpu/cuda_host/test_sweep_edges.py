@@ -8,9 +8,7 @@ import torch
 from fused_margin import ops
 from fused_margin.spec import Aux, Spec, Want
 
-from ...cases import MARGINS, problem
 from .. import sweep_edges
-from ..sweep_cases import BATCH, CLASSES, OPERANDS
 from .backend import simulated
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "on_the_host")
@@ -39,27 +37,7 @@ def chunks(on_the_host):
 
 
 class TestEdges(sweep_edges.Edges):
-    def test_negative_scales_in_fp16(self, backend):
-        p = problem(MARGINS["cosface"], sweep_edges.mode_of(torch.float16), BATCH, CLASSES, 20)
-        p.tensors["scale"], p.per = torch.full((BATCH,), -8.0), "sample"
-        p.tensors["m"] = torch.full((BATCH,), 0.35)
-        sweep_edges.check_by_rows([p], backend, "w")
-
-    @pytest.mark.parametrize("operands", OPERANDS, ids=str)
-    @pytest.mark.parametrize("centers", [2, 3, 16])
-    def test_a_center_that_is_nan_is_seen(self, backend, centers, operands):
-        """By every row: it is the rival, or the target, of each."""
-        x, w, labels = sweep_edges.ring(classes=30 * centers)
-        labels %= 30
-        labels[0] = 4
-        with torch.no_grad():
-            w[5 * centers - 1] = math.nan  # the last one of class 4
-        for reduction in ("mean", "none"):
-            loss, d_x, _ = sweep_edges.loss_and_gradients(
-                backend, x, w, labels, sub_centers=centers, compute_dtype=operands, reduction=reduction
-            )
-            assert loss.isnan().all()
-            assert d_x.isnan().any(1).all()
+    pass
 
 
 def swept(x, w, scale, bias=None):

@@ -58,7 +58,7 @@ def test_same_bits_twice():
 @pytest.mark.parametrize("form", ["flash", "chunk"])
 @pytest.mark.parametrize("axis", ["rows", "columns"])
 @pytest.mark.parametrize("far", ["w", "x"])
-def test_offsets_beyond_31_bits(far, axis, form):
+def test_offsets_beyond_31_bits(far, axis, form):  # noqa: F811 (the name of a fixture)
     """Five rows in a storage of more than 2^31 elements, of which only those are touched; or its columns."""
     dim, rows = 20, 5
     steps = (2**29 + 2**20, 1) if axis == "rows" else (1, 2**27 + 16)
@@ -237,7 +237,7 @@ def test_tuning_tells_problems_apart(monkeypatch):
     monkeypatch.setattr(tune, "_time", lambda go, p: timed.append(p) or 0.0)
     monkeypatch.setenv("FUSED_MARGIN_TRITON_TUNE", "1")
 
-    def count(part, form, bias=None, **changes):
+    def count(part, form, bias=None, **changes):  # noqa: F811
         before = len(timed)
         x, w, labels = (t.detach() for t in ring())
         with use(device(form)):
