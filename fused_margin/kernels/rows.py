@@ -56,7 +56,7 @@ def closest_centers(
     x_hat, y, w, index, D, w_row, w_col, CENTERS: tl.constexpr, INDEXED: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Cosines of the targets, and their rows among those read, the first of the class's maxima, which a NaN is; or 0, -1."""
+    """Cosines of the targets and their rows, the first of a class's maxima, which a NaN is; 0 and -1 without a target."""
     best = tl.zeros(y.shape, tl.float32)
     best_row = tl.full(y.shape, -1, tl.int32)
     for center in range(CENTERS):

@@ -155,10 +155,8 @@ class FakeDriver:
 
     def launcher_cls(self, src, metadata):
         def launch(grid_x, grid_y, grid_z, stream, function, packed, launch_metadata, enter_hook, exit_hook, *args):
-            grid, active = (
-                (grid_x, grid_y, grid_z),
-                triton.runtime.driver.active,
-            )  # a kernel may outlive its first driver
+            grid = (grid_x, grid_y, grid_z)
+            active = triton.runtime.driver.active  # a kernel may outlive its first driver
             active.launches.append((metadata.name, grid))
             if active.execute is not None:
                 ptx = get_cache_manager(metadata.hash).get_file(f"{src.name[:150]}.ptx")
