@@ -56,7 +56,7 @@ def closest_centers(
     x_hat, y, w, index, D, w_row, w_col, CENTERS: tl.constexpr, INDEXED: tl.constexpr, NORMALIZE: tl.constexpr,
     WIDTH: tl.constexpr,
 ):  # fmt: skip
-    """Cosines of the targets and their rows, the first of a class's maxima, which a NaN is; 0 and -1 without a target."""
+    """Cosines of the targets, their rows, the first of the maxima (a NaN is one) of a class; 0 and -1 without one."""
     best = tl.zeros(y.shape, tl.float32)
     best_row = tl.full(y.shape, -1, tl.int32)
     for center in range(CENTERS):

@@ -66,6 +66,11 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return RungFile.from_parent(parent, path=module_path)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Rungs come last: by then their processes have done most of their work."""
+    items.sort(key=lambda item: isinstance(item, RungItem))
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> None:
     paths: dict[str, list[Path]] = {}
