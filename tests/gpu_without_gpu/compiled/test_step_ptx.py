@@ -93,7 +93,8 @@ def outcome(arch, which=None, texts=None):
         return str(e)
 
 
-@pytest.mark.parametrize("arch", [80, pytest.param(120, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", [80, 120])
 def test_mutants(arch):
     texts = []
     right, found = outcome(arch, texts=texts), {}
