@@ -108,6 +108,7 @@ def gradient(w: Tensor, parameter: Tensor, call: Call, index: Tensor | None, spe
     """Of one backward. What is kept is cloned: until the step, the caller may do as he likes with his tensors.
 
     The spec stays as it is: on a GPU what the forward was asked for decides tiles, and with them the bits of a cosine.
+    (A step over several passes takes the first one's.)
     """
     if not RULES[spec.rule].needs_tau:
         call = call._replace(tau=None)  # sweep_loss gives one in any case

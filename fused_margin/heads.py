@@ -131,7 +131,7 @@ class MarginHead(KeepsPrecision):
         state, name = {k: v for k, v in state.items() if k != prefix + "sampler"}, prefix + "weight"
         given, (rows, dim) = state.get(name), self.weight.shape
         if isinstance(given, Tensor) and given.shape == (self.num_classes, rows // self.num_classes * dim):
-            state[name] = given.view(rows, dim)
+            state[name] = given.reshape(rows, dim)
         super()._load_from_state_dict(state, prefix, *rest)
 
     def reset_parameters(self) -> None:

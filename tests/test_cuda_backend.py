@@ -1,5 +1,6 @@
 """The CUDA C++ backend where there is no GPU: it says why it cannot run. Its numbers: gpu_without_gpu/cuda_host."""
 
+import contextlib
 import ctypes
 import os
 import shutil
@@ -46,8 +47,16 @@ def test_why_not_of_an_input(monkeypatch):
 @pytest.fixture
 def library(monkeypatch):
     """A library that was built for a few GPUs, on a machine with some; .says: the driver's words for each."""
-    made = SimpleNamespace(says=[b"", b"no kernel image is available for execution on the device"])
-    made.fm_cuda_why_not = lambda number: made.says[number]
+    made, current = SimpleNamespace(says=[b"", b"no kernel image is available for execution on the device"]), []
+
+    @contextlib.contextmanager
+    def enter(device):
+        current.append(device.index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device", enter)
+    made.fm_cuda_why_not = lambda: made.says[current[-1]]
     made.fm_cuda_architectures = lambda: b"900,1000"
     monkeypatch.setattr(cuda.cpu, "_C", made)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (11, 0))
@@ -72,7 +81,7 @@ def test_the_library_says_what_it_was_built_for():
         function.restype = ctypes.c_char_p
     assert all(800 <= int(a) < 2000 for a in functions[1]().split(b","))
     if not torch.cuda.is_available():
-        assert functions[0](0)  # no device, or no driver
+        assert functions[0]()  # no device, or no driver
 
 
 GPU_BACKENDS = {"triton": fm.BACKENDS["triton"], "cuda": cuda}

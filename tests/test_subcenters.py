@@ -154,3 +154,19 @@ def test_no_tensor_of_all_samples_and_centres(monkeypatch):
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b)
     assert largest == x.numel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("center", range(K))
+def test_a_centre_that_is_nan_is_seen(backend, dtype, center):
+    """By every row, as the target's class or as a rival: the largest of a class does not hide it."""
+    x, w = torch.randn(9, D, dtype=dtype, requires_grad=True), torch.randn(C * K, D, dtype=dtype)
+    w[2 * K + center] = torch.nan
+    labels = torch.arange(9) % C
+    loss = margin_cross_entropy(
+        x, w.requires_grad_(), labels, fm.ArcFace(), sub_centers=K, backend=backend, reduction="none"
+    )
+    assert loss.isnan().all()
+    loss.sum().backward()
+    assert x.grad.isnan().any(1).all()
+    assert w.grad[2 * K + center].isnan().all()

@@ -48,7 +48,7 @@ void prepare_rows(const Problem<T>& p, const RowsIn& in, const RowsOut<T>& out, 
       read_row(p.w, r, p.dim, row.data());
       double c = dot(x, row.data(), p.dim) * (p.normalize_w ? inverse_norm(row.data(), p.dim) : 1);
       if (p.clamp) c = c < -1 ? -1 : c > 1 ? 1 : c;
-      if (out.target_row[i] >= 0 && !(c > out.cos_y[i])) continue;
+      if (out.target_row[i] >= 0 && !exceeds<double>(c, out.cos_y[i])) continue;
       out.cos_y[i] = T(c);
       out.target_row[i] = r;
     }

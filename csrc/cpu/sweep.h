@@ -273,7 +273,7 @@ void keep_best_centers(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& 
       for (int64_t r = j * p.sub_centers; r < (j + 1) * p.sub_centers; r++) {
         T* c = first + r * cos.width;
         *c *= t.inv[r];
-        if (best && !(*c > *best)) {
+        if (best && !exceeds(*c, *best)) {
           *c = kLoser<T>;
         } else {
           if (best) *best = kLoser<T>;

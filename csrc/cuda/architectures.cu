@@ -12,14 +12,10 @@ __global__ void probe_kernel() {}
 }  // namespace gpu
 }  // namespace fused_margin
 
-// In the driver's words, why a device cannot run the kernels; "" if it can.
-FM_EXPORT const char* fm_cuda_why_not(int device) {
-  int before = 0;
+// In the driver's words, why the current device cannot run the kernels; "" if it can.
+FM_EXPORT const char* fm_cuda_why_not() {
   cudaFuncAttributes of_probe;
-  cudaError_t error = cudaGetDevice(&before);
-  if (error == cudaSuccess) error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = cudaFuncGetAttributes(&of_probe, fused_margin::gpu::probe_kernel);
-  cudaSetDevice(before);
+  const cudaError_t error = cudaFuncGetAttributes(&of_probe, fused_margin::gpu::probe_kernel);
   cudaGetLastError();  // the next call is none the wiser
   return error == cudaSuccess ? "" : cudaGetErrorString(error);
 }

@@ -52,8 +52,6 @@ __device__ __forceinline__ float inverse_norm(float square) {
   return 1.0f / (norm < kEps ? kEps : norm);
 }
 
-// NaN is above all numbers: of sub-centres of which one has it, the largest cosine must not hide it.
-__device__ __forceinline__ bool exceeds(float a, float b) { return a > b || (a != a && b == b); }
 __device__ __forceinline__ float largest_or_nan(float a, float b) { return exceeds(a, b) ? a : b; }
 
 // The power of two below `top`, and at least kLeastUnit.

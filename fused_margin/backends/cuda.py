@@ -33,7 +33,8 @@ def _no_code(device: torch.device) -> str:
     """Why the library has nothing that runs on the device, "" if it has."""
     library = cpu._C
     library.fm_cuda_why_not.restype = library.fm_cuda_architectures.restype = ctypes.c_char_p
-    reason = library.fm_cuda_why_not(device.index or 0).decode()
+    with torch.cuda.device(device):
+        reason = library.fm_cuda_why_not().decode()
     if not reason:
         return ""
     has = ".".join(map(str, torch.cuda.get_device_capability(device)))

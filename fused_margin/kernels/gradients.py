@@ -25,7 +25,7 @@ _SCAN = 1024  # rows whose targets are compared at a time
 _FINISH, _FINISH_STEP = 8192, 4096  # numbers in a tile of finish_weights; of a step, which has more of them at once
 _OF_WARP = 512  # of them
 _COEFFICIENTS = 7
-_CHUNK_CLASSES = 4096, 131072  # of a chunk, at least and at most
+_CHUNK_ROWS = 4096, 131072  # of w in a chunk, at least and at most
 
 
 class _RowGradients(NamedTuple):
@@ -143,9 +143,9 @@ class _Results(NamedTuple):
 
 def _chunk_classes(p: Plan, tile: Tile, updates: bool) -> int:
     """So many that G stays in the L2 cache, and what a step reads again at once, the products; in whole tiles."""
-    least, most = _CHUNK_CLASSES
+    least, most = (max(rows // p.spec.sub_centers, 1) for rows in _CHUNK_ROWS)
     products = 4 * p.spec.sub_centers * p.dim if updates else 0
-    fits = p.device.chunk_bytes // max(p.batch * p.operand.itemsize, products, 1)
+    fits = p.device.chunk_bytes // max(p.batch * p.spec.sub_centers * p.operand.itemsize, products, 1)
     classes = min(max(fits, least), most, p.classes)
     return ceil_div(classes, p.tile_classes(tile)) * p.tile_classes(tile)
 

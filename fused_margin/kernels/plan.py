@@ -167,8 +167,9 @@ def splits_of(tiles: int, blocks: int, programs: int, flash: bool) -> int:
     """Of the class tiles, in each of which every block of rows has a program; a multiprocessor runs one at a time.
 
     A grid a little above `programs` would leave most of them idle for a whole second wave. So there are at least eight
-    waves, of which the last one, on any part of the architecture that has fewer multiprocessors, costs a ninth at most;
-    a split's sums are small. In the flash form each split writes [padded, D] numbers: as few waves as waste little.
+    waves, where there are tiles enough, of which the last one costs little on parts of the architecture with fewer
+    multiprocessors too; a split's sums are small. What a program takes to begin is not looked at. In the flash form
+    each split writes [padded, D] numbers: as few waves as waste little.
     """
     tiles = max(tiles, 1)
     most = min(tiles, _MOST_SPLITS)

@@ -198,7 +198,8 @@ def _publish(folder: Path, version: Path, manifest: dict, keep: int) -> None:
 
 
 def _signed(manifest: dict) -> dict:
-    """With a checksum of its own, beside those of the files."""
+    """As it is read again, with a checksum of its own beside those of the files."""
+    manifest = json.loads(json.dumps(manifest))
     content = {key: value for key, value in manifest.items() if key != "checksum"}
     return content | {"checksum": zlib.crc32(json.dumps(content, sort_keys=True).encode())}
 

@@ -206,7 +206,7 @@ class PartialFC(MarginHead):
         """
         try:
             self._check_input(local_embeddings, local_labels, sample_weight)
-        except (TypeError, ValueError):
+        except Exception:
             refuse(self.ranks, self.max_local_batch, self._rows("weight").device)
             raise
         ignored = self.options["ignore_index"]
@@ -324,9 +324,10 @@ class PartialFC(MarginHead):
         most = self.max_local_batch
         if most is not None and len(labels) > most:
             raise ValueError(f"this rank brings {len(labels)} rows; expected at most max_local_batch = {most}")
-        if sample_weight is not None and sample_weight.shape != labels.shape:
+        inputs.check_weights("sample_weight", sample_weight, len(labels), "row")
+        if sample_weight is not None and sample_weight.device != embeddings.device:
             raise ValueError(
-                f"sample_weight has shape {list(sample_weight.shape)}; expected [{len(labels)}], one a row"
+                f"sample_weight on {sample_weight.device}; expected {embeddings.device}, as the embeddings"
             )
         if sample_weight is not None and sample_weight.requires_grad and self.ranks.world > 1:
             raise ValueError(

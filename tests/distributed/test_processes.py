@@ -221,7 +221,7 @@ class TestInput:
             head(torch.zeros(3, 4), torch.zeros(3, dtype=torch.long))
         with pytest.raises(ValueError, match="differ in their last dimension"):
             head(torch.zeros(2, 5), torch.zeros(2, dtype=torch.long))
-        with pytest.raises(ValueError, match=r"sample_weight has shape \[3\]; expected \[2\]"):
+        with pytest.raises(ValueError, match=r"sample_weight: got a tensor of shape \[3\]; expected \[2\]"):
             head(torch.zeros(2, 4), torch.zeros(2, dtype=torch.long), sample_weight=torch.ones(3))
         with pytest.raises(ValueError, match="k = 21; expected 1 <= k <= 20"):
             head.topk(torch.zeros(2, 4), 21)

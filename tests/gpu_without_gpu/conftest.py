@@ -106,37 +106,38 @@ class Rungs:
         self.messages: dict[str, queue.SimpleQueue] = {name: queue.SimpleQueue() for name in paths}
         self._config, self._paths, self._environment = config, paths, dict(os.environ)  # before any test changes it
         self._child: subprocess.Popen | None = None
-        self._stopped = threading.Event()
+        self._stopped, self._starting = False, threading.Lock()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def stop(self) -> None:
-        self._stopped.set()
-        if self._child is not None:
-            self._child.terminate()
+        with self._starting:
+            self._stopped = True
+            if self._child is not None:
+                self._child.terminate()
         self._thread.join()
 
     def _run(self) -> None:
         for name in self._paths:
-            ended = {"kind": "exit", "said": "it did not start"}
             try:
-                if not self._stopped.is_set():
-                    ended["said"] = self._run_one(name)
-            finally:
-                self.messages[name].put(ended)
+                said = self._run_one(name)
+            except Exception as error:  # the session waits for each rung
+                said = repr(error)
+            self.messages[name].put({"kind": "exit", "said": said})
 
     def _run_one(self, name: str) -> str:
         receive, send = os.pipe()
         environment = {**self._environment, **RUNGS[name], CHANNEL: str(send)}
         command = _command(self._config, self._paths[name])
-        with tempfile.TemporaryFile("w+") as output:
-            self._child = subprocess.Popen(
-                command, cwd=self._config.rootpath, env=environment, pass_fds=[send], stdout=output, stderr=output
-            )
-            os.close(send)
-            with os.fdopen(receive) as lines:
-                for line in lines:
-                    self.messages[name].put(json.loads(line))
+        with os.fdopen(receive) as lines, tempfile.TemporaryFile("w+") as output:
+            with os.fdopen(send), self._starting:
+                if self._stopped:
+                    return "it was not started"
+                self._child = subprocess.Popen(
+                    command, cwd=self._config.rootpath, env=environment, pass_fds=[send], stdout=output, stderr=output
+                )
+            for line in lines:
+                self.messages[name].put(json.loads(line))
             code = self._child.wait()
             output.seek(0)
             return f"it ended with {code}:\n{output.read()}"

@@ -66,7 +66,7 @@ def test_parity_of_several_chunks(monkeypatch):
     monkeypatch.setattr(gradients, "_sweep_chunks", lambda calls, to: swept.append(calls[0]) or sweep_chunks(calls, to))
     assert not any(failures for _, failures in gpu.swept_parity("cpu", True))
     for call in swept:
-        assert call.plan.classes > gradients._CHUNK_CLASSES[0]
+        assert call.plan.classes > gradients._CHUNK_ROWS[0]
         assert call.given.index is not None
         assert call.given.bias is not None
         assert call.plan.spec.sub_centers == 2

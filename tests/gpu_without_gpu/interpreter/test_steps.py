@@ -281,7 +281,7 @@ def test_launches_memory_and_no_waiting(batches, monkeypatch):
 
     for module in (launch, gradients):
         monkeypatch.setattr(module, "run", counted)
-    monkeypatch.setattr(gradients, "_CHUNK_CLASSES", (32, 32))
+    monkeypatch.setattr(gradients, "_CHUNK_ROWS", (32, 32))
     classes, dim = 320, 20
     w = torch.zeros(classes, dim)
     empty = torch.zeros(0)

@@ -182,7 +182,7 @@ def test_launches_and_no_waiting(kind, chunk_launches, monkeypatch):
 
     for module in (launch, gradients):
         monkeypatch.setattr(module, "run", counted)
-    monkeypatch.setattr(gradients, "_CHUNK_CLASSES", (32, 32))
+    monkeypatch.setattr(gradients, "_CHUNK_ROWS", (32, 32))
     x, w, labels = (t.detach() for t in ring())
     scale, g = torch.full((BATCH,), 30.0), torch.ones(BATCH)
     with use(device(kind)), Waiting() as seen:

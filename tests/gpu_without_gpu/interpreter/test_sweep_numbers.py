@@ -31,7 +31,7 @@ def form(request):
 @pytest.fixture
 def chunks(monkeypatch):
     """Chunks of one tile, and few rows at a time where rows are sorted by their target."""
-    monkeypatch.setattr("fused_margin.kernels.gradients._CHUNK_CLASSES", (32, 32))
+    monkeypatch.setattr("fused_margin.kernels.gradients._CHUNK_ROWS", (32, 32))
     monkeypatch.setattr("fused_margin.kernels.gradients._SCAN", 16)
 
 
