@@ -108,11 +108,11 @@ PAIRS = {  # the method, and what it is compared with
 }  # fmt: skip
 
 
-def parity(kind: str, dtype: torch.dtype = torch.float64, at: Where = ON_CPU) -> float:
+def parity(kind: str, dtype: torch.dtype = torch.float64, at: Where = ON_CPU, classes: int = 300) -> float:
     """How far the weights are apart after three steps, relative to how far they have gone."""
     ends = []
     for work in (PAIRS[kind][1], PAIRS[kind][3]):
-        training = Training(300, 40, 33, 0.1, dtype, at)
+        training = Training(classes, 40, 33, 0.1, dtype, at)
         start = training.w.detach().clone()
         for _ in range(3):
             work(training)
