@@ -21,6 +21,7 @@ from pathlib import Path
 
 import pytest
 
+from .quick import mark_slow
 from .reports import CHANNEL
 
 HERE = Path(__file__).parent
@@ -66,8 +67,10 @@ def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> 
     return RungFile.from_parent(parent, path=module_path)
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Rungs come last: by then their processes have done most of their work."""
+    mark_slow(items)
     items.sort(key=lambda item: isinstance(item, RungItem))
 
 

@@ -1,6 +1,6 @@
-"""A second a case adds up: of the larger tables of cases every second or third runs by default, the rest is slow.
+"""What of the interpreter's tests is quick: of the larger tables of cases every second or third; the rest is slow.
 
-`make test` may spend two minutes on Triton; `make test-gpu-without-gpu` runs all.
+A case takes a second, and `make test` may spend two minutes on Triton; `make test-gpu-without-gpu` runs all.
 """
 
 import pytest
@@ -23,8 +23,7 @@ EVERY = {
 }
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
+def mark_slow(items: list[pytest.Item]) -> None:
     seen = dict.fromkeys(EVERY, 0)
     for item in items:
         name = getattr(item, "originalname", None)
