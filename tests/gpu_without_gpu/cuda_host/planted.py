@@ -77,7 +77,7 @@ PLANTED = {
     "a clamped norm of x has a slope": edge("row.cuh", "sqrtf(square) >= kEps}", "true}", "norms and x"),
     "a signed unit of the batch": edge("row_gradients.cuh", "fabsf(at(b.p.scale, k))", "at(b.p.scale, k)", "negative"),
     "a NaN below all numbers": edge(
-        "tile.cuh", "return a > b || (a != a && b == b);", "return a > b || b != b;", "center", "sweep_f32.cu"
+        "../codes.h", "return a > b || (a != a && b == b);", "return a > b || b != b;", "center", "sweep_f32.cu"
     ),
     "a row without rivals not set apart": edge(
         "row_gradients.cuh", "if (red == -INFINITY) {", "if (false) {", "minus_infinity"
