@@ -25,7 +25,7 @@ from ...error_rule import ErrorRule
 from ...test_sweep_optim import CHOICES, compare, steps_of
 from ..step_cases import UPDATES, SweepStep, copied, moved, new_state
 from ..sweep_cases import BATCH, CLASSES, OPERANDS, hold_to_the_rule
-from .test_sweep_edges import Waiting
+from .test_sweep_edges import Waiting, launched
 from .test_sweep_numbers import chunks, device  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -274,14 +274,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("batches", [(BATCH,), (BATCH, 5)], ids=["one call", "two calls"])
 def test_launches_memory_and_no_waiting(batches, monkeypatch):
     """Two launches for a call, then at most 4 for each chunk and call; nothing of the weights' size, no value read."""
-    kernels = []
-
-    def counted(kernel, programs, *args, **constants):
-        kernels.append(kernel.fn.__name__)
-
-    for module in (launch, gradients):
-        monkeypatch.setattr(module, "run", counted)
-    monkeypatch.setattr(gradients, "_CHUNK_ROWS", (32, 32))
+    kernels = launched(monkeypatch)
     classes, dim = 320, 20
     w = torch.zeros(classes, dim)
     empty = torch.zeros(0)

@@ -172,17 +172,19 @@ class Waiting(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def launched(monkeypatch):
+    """The names of kernels, as the launchers ask for them: nothing runs, and a chunk has 32 rows."""
+    kernels = []
+    for module in (launch, gradients):
+        monkeypatch.setattr(module, "run", lambda kernel, *args, **constants: kernels.append(kernel.fn.__name__))
+    monkeypatch.setattr(gradients, "_CHUNK_ROWS", (32, 32))
+    return kernels
+
+
 @pytest.mark.parametrize("kind, chunk_launches", [("flash", 3), ("chunk", 4)])
 def test_launches_and_no_waiting(kind, chunk_launches, monkeypatch):
     """Forward: 4 launches. Backward: 3 of them, and at most 4 for each of 3 chunks. No operator reads a value."""
-    kernels = []
-
-    def counted(kernel, programs, *args, **constants):
-        kernels.append(kernel.fn.__name__)
-
-    for module in (launch, gradients):
-        monkeypatch.setattr(module, "run", counted)
-    monkeypatch.setattr(gradients, "_CHUNK_ROWS", (32, 32))
+    kernels = launched(monkeypatch)
     x, w, labels = (t.detach() for t in ring())
     scale, g = torch.full((BATCH,), 30.0), torch.ones(BATCH)
     with use(device(kind)), Waiting() as seen:
