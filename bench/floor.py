@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,7 +40,7 @@ def _linear(rows: int, inner: int, columns: int) -> Candidate:
     return make
 
 
-def _tiles(repeats: int, *_: int) -> Candidate:
+def _tiles(repeats: int, *_: int, bf16: bool = False) -> Candidate:
     """The sweep's own product of a tile, one stream of them on each thread."""
 
     def make(device: str, dtype: torch.dtype) -> tuple[Callable[[], object], float]:
@@ -47,9 +48,8 @@ def _tiles(repeats: int, *_: int) -> Candidate:
             raise RuntimeError("the C++ kernels run on the CPU, where they are built")
         threads = torch.get_num_threads()
         pool = ThreadPoolExecutor(threads)
-        return lambda: list(pool.map(cpu.multiply_tiles, [repeats] * threads)), cpu.multiply_tiles(
-            1
-        ) * repeats * threads
+        flops = cpu.multiply_tiles(1, bf16) * repeats * threads
+        return lambda: list(pool.map(cpu.multiply_tiles, [repeats] * threads, [bf16] * threads)), flops
 
     return make
 
@@ -69,6 +69,7 @@ CANDIDATES["bf16"] = [
     *CANDIDATES["fp32"],
     ("mm 2048x2048x2048 bf16", torch.bfloat16, _mm, (2048, 2048, 2048)),
     ("oneDNN linear 2048x2048x2048 bf16", torch.bfloat16, _linear, (2048, 2048, 2048)),
+    ("fused_margin's tile 96x512x128 bf16", torch.bfloat16, functools.partial(_tiles, bf16=True), (200, 0, 0)),
 ]
 
 

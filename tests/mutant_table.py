@@ -50,7 +50,7 @@ MUTANTS = [
     ),
     *_in(
         "fused_margin/memory.py",
-        ("memory_lent_twice", "block = _spare.pop()", "block = _spare[0]"),
+        ("memory_lent_twice", "_spare.pop(use, None)", "_spare.get(use)"),
         ("memory_of_another_size", "block is None or len(block) != size", "block is None"),
     ),
     *_in(
@@ -177,13 +177,13 @@ MUTANTS = [
         ("kernel_sum_gradient_dropped", "g_red * a + g_sum)", "g_red * a)"),
         ("kernel_duplicate_labels", "out[d] += g * (x[d] - along * w[d])", "out[d] = g * (x[d] - along * w[d])"),
         ("kernel_target_projection_dropped", "out[d] += g * (x[d] - along * w[d])", "out[d] += g * x[d]"),
-        ("kernel_projection_dropped", "(sum - g.along[m] * load(w + m * P + v * lanes)) * t.inv[m]", "sum * t.inv[m]"),
+        ("kernel_projection_dropped", "(sum - g.along[m] * w) * t.inv[m]", "sum * t.inv[m]"),
         ("kernel_clamped_norm_varies", "p.normalize_w && inv < T(1 / kEps)", "p.normalize_w"),
         ("kernel_row_blocks_overwrite", "begun = g.begun || cos.first;", "begun = g.begun;"),
         ("kernel_calls_overwrite", "g.begun = k > 0;", "g.begun = false;"),
         ("kernel_bias_of_the_first_call", "if (k) load_bias(part.p, tile);", ""),
         ("kernel_targets_of_one_call", "k < count; k++) add_targets", "k < 1; k++) add_targets"),
-        ("kernel_ragged_dimension_lost", "else if (room > 0)", "else if (false)"),
+        ("kernel_ragged_dimension_lost", "else if (p.dim > d)", "else if (false)"),
     ),
     *_in(
         "csrc/update.h",

@@ -78,5 +78,5 @@ def test_capability_from_the_environment(capability):
     env = {"FUSED_MARGIN_CPU_CAPABILITY": capability, "PATH": ""}
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
     assert run.returncode == 0, run.stderr
-    expected = "portable, float32: own loops" if capability == "portable" else "'nonsense' is unknown"
+    expected = "portable, float32: products in float32" if capability == "portable" else "'nonsense' is unknown"
     assert expected in run.stdout

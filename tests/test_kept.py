@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pickle
 import subprocess
 import sys
 
@@ -108,19 +109,45 @@ def test_two_forwards_before_two_backwards():
 
 def test_memory_is_used_again_and_can_be_released():
     memory.release()
-    lent = memory.numbers(2**21, torch.float32)
+    lent = memory.numbers(2**21, torch.float32, "gradient")
     address, shared = lent.data_ptr(), lent[5:]
     del lent
-    assert memory.numbers(2**21, torch.float32).data_ptr() != address, "a view of it was alive"
+    assert memory.numbers(2**21, torch.float32, "gradient").data_ptr() != address, "a view of it was alive"
     memory.release()
     del shared  # comes back now
-    again = memory.numbers(2**21, torch.float32)
+    assert memory.numbers(2**21, torch.float32, "products").data_ptr() != address, "of another use"
+    again = memory.numbers(2**21, torch.float32, "gradient")
     assert again.data_ptr() == address
-    assert memory.numbers(2**21, torch.float64).shape == (2**21,)  # of another size, beside it
+    assert memory.numbers(2**21, torch.float64, "gradient").shape == (2**21,)  # of another size, beside it
     del again
     memory.release()
     assert not memory._spare
-    assert memory.numbers(0, torch.float32).shape == (0,)
+    assert memory.numbers(0, torch.float32, "gradient").shape == (0,)
+
+
+def test_a_gradient_that_is_dropped_lends_its_memory_to_the_next():
+    """And one that somebody holds stays what it is."""
+    memory.release()
+    x, w, y = large(0)
+    w = torch.randn(300_000, 8, requires_grad=True)
+    loss_of(x, w, y).backward()
+    held, address = w.grad, w.grad.data_ptr()
+    first = held.clone()
+    w.grad = None
+    loss_of(2 * x + 1, w, y).backward()
+    assert w.grad.data_ptr() != address
+    assert not torch.equal(w.grad, first)
+    assert torch.equal(held, first)
+    address = w.grad.data_ptr()
+    w.grad = None
+    loss_of(x, w, y).backward()
+    assert w.grad.data_ptr() == address
+    assert torch.equal(w.grad, first)
+    memory.release()
+    loss_of(x, w, y).backward()  # adds up
+    torch.testing.assert_close(w.grad, 2 * first)
+    assert torch.equal(pickle.loads(pickle.dumps(w.grad)), w.grad)
+    memory.release()
 
 
 @pytest.mark.parametrize("optimizer", [fm.optim.SweepSGD, fm.optim.SweepAdamW])

@@ -8,22 +8,22 @@ struct TileSums {
   Vec<T>* d_bias;  // sum_i of the gradient of u_ij
 };
 
-// From cosines to G = (g_red A + g_sum) s N', rivals only: in the place of C, or as bf16 [rows of the tile, columns].
+// From cosines to G = (g_red A + g_sum) s N', rivals only: in the place of C, or in tiles as a left operand.
 template <RuleCode rule, bool extras, class T>
 void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t, const Cosines<T>& cos,
-                    uint16_t* narrow, const TileSums<T>& sums, Ahead& ahead) {
+                    const Tiles& tiles, const TileSums<T>& sums, Ahead& ahead) {
   constexpr int64_t lanes = kLanes<T>;
   const bool soft = p.reduction == Reduction::softplus;
   const Vec<T> zero{};
   for (int64_t i = 0; i < cos.columns; i += lanes) {
     const int64_t row = cos.first + i;
-    T* first = cos.c + cos.at(i, t.rows);
+    T* first = cos.at(i);
     const Vec<T> scale = load(p.scale + row), tau = load(p.tau + row), target = load(cos.place + i);
     const Vec<T> g_red = load(in.g_red + row), g_sum = load(in.g_sum_u + row), red = load(in.red + row);
     const Vec<T> red_low = load(in.red_low + row);
     for (int64_t j = 0; j < t.rows; j++) {
       T* at = first + j * cos.width;
-      if (p.bf16) ahead.ask(2 * kAskedLines);  // torch's products cannot ask
+      if (p.pieces) ahead.ask(1);
       const Element<T> e = element(p, t, cos, at, j, target);
       const Rival<Vec<T>> n = rival<rule, Ops>(e.c, tau, p.args);
       const Vec<T> u = scale * n.value + t.bias[j];
@@ -36,10 +36,9 @@ void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>&
       if constexpr (extras) sums.d_bias[j] += g_u;
       const Vec<T> g_c = g_u * scale * (p.unit_slope ? zero + T(1) : n.slope);
       sums.along[j] += g_c * e.c;
-      if constexpr (sizeof(T) == 4) {
-        if (narrow) {
-          const Half16 h = to_bf16(g_c);
-          __builtin_memcpy(narrow + j * cos.columns + i, &h, sizeof h);
+      if constexpr (kTiled<T>) {
+        if (p.pieces) {
+          put_left(tiles, j, i, g_c);
           continue;
         }
       }
@@ -51,38 +50,44 @@ void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>&
 // dW of a tile's rows: of w_hat in `sum` until the last block of rows of x, then of w in `d_w` [rows, dim].
 template <class T>
 struct TileGradient {
-  T* sum;                                // in panels, or for bf16 as d_w
+  T* sum;                                // in panels
   T* d_w;                                // as T
   T* along;                              // [rows] d w_hat . w_hat / |w|, 0 where the norm is a constant
+  bool streams = false;                  // d_w is written past the cache
   bool begun = false, last_call = true;  // of several calls, whether one is in the sum already; whether it is the last
 };
 
-// dW = (dW_hat - (dW_hat . w_hat) w_hat) / |w|
+// dW = (dW_hat - (dW_hat . w_hat) w_hat) / |w|: a vector of row m, from column d on, which has w.
 template <class T>
-void undo_norm(const Tile<T>& t, int64_t dim, const TileGradient<T>& g) {
-  for (int64_t r = 0; r < t.rows; r++) {
-    const T *w = t.source[r], along = g.along[r], inv = t.inv[r];
-    T* d_w = g.d_w + r * dim;
-    for (int64_t d = 0; d < dim; d++) d_w[d] = (d_w[d] - along * w[d]) * inv;
-  }
+FM_INLINE void finish_gradient(const Problem<T>& p, const Tile<T>& t, const TileGradient<T>& g, int64_t m, int64_t d,
+                               Vec<T> sum, Vec<T> w) {
+  const Vec<T> d_w = (sum - g.along[m] * w) * t.inv[m];
+  T* out = g.d_w + m * p.dim + d;
+  if (p.dim - d >= kLanes<T>)
+    g.streams ? stream(out, d_w) : store(out, d_w);
+  else if (p.dim > d)
+    __builtin_memcpy(out, &d_w, size_t(p.dim - d) * sizeof(T));
 }
 
 template <class T>
-void add_gradient(const Problem<T>& p, const TileProducts& products, const PackedRows<T>& x, const Tile<T>& t,
-                  const Cosines<T>& cos, const uint16_t* narrow, const TileGradient<T>& g, Ahead& ahead, Ahead& state) {
+void add_gradient(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, const Cosines<T>& cos,
+                  const Tiles& tiles, const TileGradient<T>& g, Ahead& ahead, Ahead& state) {
   const bool last = g.last_call && cos.first + cos.columns == p.padded, begun = g.begun || cos.first;
-  if constexpr (sizeof(T) == 4) {
-    if (p.bf16) {
-      products.bf16(t.rows, p.dim, cos.columns, cos.columns, p.dim, p.dim, begun, narrow,
-                    x.rows16.get() + cos.first * p.dim, g.d_w, true);
-      if (last) undo_norm(t, p.dim, g);
-      return;
-    }
-  }
   constexpr int64_t P = kPanel<T>, lanes = kLanes<T>;
+  if constexpr (kTiled<T>) {
+    if (p.pieces)
+      return multiply_tiles(t.height, x.depth, cos.columns, tiles, x.rows_tiles.from(0, cos.first / kTileStep), g.sum,
+                            t.height, begun, [&](int64_t m0, int64_t d0, const float* block) {
+                              ahead.ask(kAskedLinesOfBlock), state.ask(kAskedLinesOfBlock);
+                              for (int64_t m = m0; m < std::min(m0 + kTileBlock, t.rows) && last; m++, block += P)
+                                for (int64_t d = 0; d < P; d += lanes)
+                                  finish_gradient(p, t, g, m, d0 + d, load(block + d),
+                                                  load_part(t.source[m] + d0 + d, p.dim - d0 - d));
+                            });
+  }
   for (int64_t d0 = 0; d0 < x.depth; d0 += P) {
     const T* w = t.panels + d0 * t.rows;
-    T *sums = g.sum + d0 * t.rows, *d_w = g.d_w + d0;
+    T* sums = g.sum + d0 * t.rows;
     for (int64_t k = 0; k < cos.columns; k += kProductDepth) {
       const int64_t depth = std::min(kProductDepth, cos.columns - k);
       const auto start = [&](int64_t m, int v) {
@@ -97,13 +102,7 @@ void add_gradient(const Problem<T>& p, const TileProducts& products, const Packe
         multiply([&](int64_t m, int v, Vec<T> sum) { store(sums + m * P + v * lanes, sum); });
       else
         multiply([&](int64_t m, int v, Vec<T> sum) {
-          const Vec<T> d = (sum - g.along[m] * load(w + m * P + v * lanes)) * t.inv[m];
-          T* out = d_w + m * p.dim + v * lanes;
-          const int64_t room = p.dim - d0 - v * lanes;
-          if (room >= lanes)
-            store(out, d);
-          else if (room > 0)
-            __builtin_memcpy(out, &d, size_t(room) * sizeof(T));
+          finish_gradient(p, t, g, m, d0 + v * lanes, sum, load(w + m * P + v * lanes));
         });
     }
   }
@@ -141,6 +140,8 @@ void add_targets(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t,
   }
 }
 
+constexpr int64_t kStreamedBytes = int64_t(1) << 24;
+
 // What a task does with the rows of a tile once their gradient is finished: here it is the result.
 template <class T>
 struct StoreGradient {
@@ -148,6 +149,11 @@ struct StoreGradient {
   Storage storage;
 
   bool in_place() const { return storage == (sizeof(T) == 8 ? Storage::f64 : Storage::f32); }
+  // Whether rows go past the cache: where all of them are more than it would hold until somebody reads them.
+  bool streams(const T* place, int64_t rows, int64_t dim) const {
+    const int64_t bytes = dim * int64_t(sizeof(T));
+    return kStreams && in_place() && uintptr_t(place) % 64 == 0 && bytes % 64 == 0 && rows * bytes >= kStreamedBytes;
+  }
   Ahead state(const Tile<T>&, int64_t, int64_t) const { return {}; }
   T* place(int64_t row, int64_t dim, T* buffer) const {
     return in_place() ? static_cast<T*>(out.d_w) + row * dim : buffer;
@@ -167,6 +173,7 @@ struct UpdateWeights {
     const int64_t bytes = dim * int64_t(sizeof(T));
     return update.m ? Ahead(update.m, bytes, bytes, update.w.index, first, first + t.rows) : Ahead();
   }
+  bool streams(const T*, int64_t, int64_t) const { return false; }
   T* place(int64_t, int64_t, T* buffer) const { return buffer; }
   void finish(const Tile<T>& t, int64_t first, int64_t dim, T* d_w) const {
     LastCorrection<T> correction;
@@ -178,7 +185,7 @@ struct UpdateWeights {
 // A call of the sweep, as the tasks of its backward need it.
 template <class T>
 struct BackwardPart {
-  using Weigh = void (*)(const Problem<T>&, const BackwardIn<T>&, const Tile<T>&, const Cosines<T>&, uint16_t*,
+  using Weigh = void (*)(const Problem<T>&, const BackwardIn<T>&, const Tile<T>&, const Cosines<T>&, const Tiles&,
                          const TileSums<T>&, Ahead&);
   const Problem<T>& p;
   const BackwardIn<T>& in;
@@ -197,42 +204,46 @@ struct WeighBackward {
 // One tile, all rows of x of all calls. d_bias: of the only call, or null. sink: null if nobody wants dW.
 template <class T, class Sink>
 void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition& cut, int64_t number, const Sink* sink,
-                   T* d_bias, const TileProducts& products) {
+                   T* d_bias) {
   using S = Scratch;
   const Problem<T>& p = parts[0].p;  // of the weights, what any call says
-  const int64_t rows = cut.tile_rows, depth = parts[0].x.depth;
-  int64_t n = 0;
-  for (int64_t k = 0; k < count; k++) n = std::max(n, rows * std::min(cut.block, parts[k].p.padded));
-  S scratch(tile_room(p, rows, depth) + S::room<T>(n) + S::room<T>(cut.block) + S::room<uint16_t>(n) +
-            S::room<T>(rows) + 2 * S::room<Vec<T>>(rows) + S::room<T>(rows * depth) + S::room<T>(rows * p.dim));
+  const TileUnit unit(p.pieces);
+  const int64_t rows = cut.tile_rows, depth = parts[0].x.depth, height = p.pieces ? round_up(rows, kPad) : rows;
+  int64_t columns = 0;
+  for (int64_t k = 0; k < count; k++) columns = std::max(columns, std::min(cut.block, parts[k].p.padded));
+  const int64_t n = height * columns;
+  S scratch(tile_room(p, rows, depth) + S::room<T>(n) + S::room<T>(cut.block) + S::room<uint16_t>(n * p.pieces) +
+            S::room<T>(rows) + 2 * S::room<Vec<T>>(rows) + S::room<T>(height * depth) + S::room<T>(rows * p.dim));
   Tile<T> tile = make_tile(p, rows, depth, scratch);
   Cosines<T> cos{scratch.take<T>(n), nullptr, scratch.take<T>(cut.block), 0, 0, 0};
-  uint16_t* narrow = p.bf16 ? scratch.take<uint16_t>(n) : nullptr;
+  const Tiles tiles{scratch.take<uint16_t>(n * p.pieces), p.pieces, columns / kTileStep};
   TileGradient<T> g{nullptr, nullptr, scratch.take<T>(rows)};
   const TileSums<T> sums{scratch.take<Vec<T>>(rows), scratch.take<Vec<T>>(rows)};
-  g.sum = scratch.take<T>(rows * depth);
+  g.sum = scratch.take<T>(height * depth);
 
-  load_tile(p, number, cut.tile_classes, depth, false, tile);
+  load_tile(p, number, cut.tile_classes, tile);
   Ahead ahead = tile_ahead(p, number + 1, rows);
   const int64_t first = tile.first_class * p.sub_centers;
   Ahead state = sink ? sink->state(tile, first, p.dim) : Ahead();
   if (sink) g.d_w = sink->place(first, p.dim, scratch.take<T>(rows * p.dim));
+  g.streams = sink && sink->streams(g.d_w, p.classes * p.sub_centers, p.dim);
   std::fill_n(sums.along, tile.rows, Vec<T>{});
   std::fill_n(sums.d_bias, tile.rows, Vec<T>{});
+  bool left = false;  // is there in tiles
   for (int64_t k = 0; k < count; k++) {
     const BackwardPart<T>& part = parts[k];
     if (k) load_bias(part.p, tile);
+    if (p.pieces && !left && !all_kept(part.p, tile)) put_tile(false, tile, p.dim), left = true;
     g.begun = k > 0;
     g.last_call = k + 1 == count;
     for (int64_t block = 0; block < part.p.padded; block += cut.block) {
-      compute_cosines<Kept::read>(part.p, products, part.x, tile, block, cut.block, cos);
-      part.weigh(part.p, part.in, tile, cos, narrow, sums, ahead);
+      compute_cosines<Kept::read>(part.p, part.x, tile, block, cut.block, cos, ahead);
+      part.weigh(part.p, part.in, tile, cos, tiles, sums, ahead);
       for (int64_t r = 0; r < tile.rows; r++)
         g.along[r] = has_slope(p, tile.inv[r]) ? lane_sum<T>(sums.along[r]) * tile.inv[r] : T(0);
-      if (sink) add_gradient(part.p, products, part.x, tile, cos, narrow, g, ahead, state);
+      if (sink) add_gradient(part.p, part.x, tile, cos, tiles, g, ahead, state);
     }
   }
-  if (p.bf16) products.release(true);
   for (int64_t j = 0; j < tile.classes && d_bias; j++) {
     T& sum = d_bias[tile.first_class + j] = 0;  // no gradient where a sub-centre is not the maximum
     for (int64_t r = j * p.sub_centers; r < (j + 1) * p.sub_centers; r++) sum += lane_sum<T>(sums.d_bias[r]);
@@ -241,36 +252,35 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
   if (!p.padded) std::fill_n(g.d_w, tile.rows * p.dim, T(0));
   for (int64_t k = 0; k < count; k++) add_targets(parts[k].p, parts[k].in, tile, g.d_w);
   sink->finish(tile, first, p.dim, g.d_w);
+  if (g.streams) end_streams();
 }
 
 // All tiles; calls with no rows are not among several.
 template <class T, class Sink>
 void backward_tiles(const BackwardPart<T>* parts, int64_t count, const Sink* sink, T* d_bias,
-                    const TileProducts& products, const Parallel& parallel) {
+                    const Parallel& parallel) {
   const Partition cut = partition(parts[0].p, kBackwardBlocking);
   const int64_t run = std::max<int64_t>(1, std::min<int64_t>(4, cut.tiles / 64));  // tiles a thread takes at once
   parallel(div_up(cut.tiles, run), [&](int64_t n) {
     for (int64_t number = n * run; number < std::min((n + 1) * run, cut.tiles); number++)
-      backward_task(parts, count, cut, number, sink, d_bias, products);
+      backward_task(parts, count, cut, number, sink, d_bias);
   });
 }
 
 template <class T>
-void backward(const Problem<T>& p, const BackwardIn<T>& in, const BackwardOut<T>& out, const TileProducts& products,
-              const Parallel& parallel) {
+void backward(const Problem<T>& p, const BackwardIn<T>& in, const BackwardOut<T>& out, const Parallel& parallel) {
   const BackwardPart<T> part{p, in, {p, true, parallel}, choose_rule<WeighBackward<T>>(p.rule, out.d_bias != nullptr)};
   const StoreGradient<T> sink{out, p.w.storage};
-  backward_tiles(&part, 1, out.d_w ? &sink : nullptr, out.d_bias, products, parallel);
+  backward_tiles(&part, 1, out.d_w ? &sink : nullptr, out.d_bias, parallel);
 }
 
 template <class T>
-void step(const BackwardCall<T>* calls, int64_t count, const RowUpdate<T>& update, const TileProducts& products,
-          const Parallel& parallel) {
+void step(const BackwardCall<T>* calls, int64_t count, const RowUpdate<T>& update, const Parallel& parallel) {
   std::vector<BackwardPart<T>> parts;
   for (int64_t k = 0; k < count; k++) {
     const Problem<T>& p = *calls[k].p;
     parts.push_back({p, calls[k].in, {p, true, parallel}, choose_rule<WeighBackward<T>>(p.rule, false)});
   }
   const UpdateWeights<T> sink{update};
-  backward_tiles<T>(parts.data(), count, &sink, nullptr, products, parallel);
+  backward_tiles<T>(parts.data(), count, &sink, nullptr, parallel);
 }

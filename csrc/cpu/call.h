@@ -2,7 +2,6 @@
 // The only header here that knows torch (its stable ABI).
 #pragma once
 
-#include <sys/mman.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -81,16 +80,6 @@ inline void run_parallel(int64_t tasks, const std::function<void(int64_t)>& task
   });
 }
 
-// Page faults of a fresh large result would cost more than writing it: ask for huge pages.
-inline void prefer_huge_pages(const Tensor& t) {
-#ifdef MADV_HUGEPAGE
-  constexpr uintptr_t page = uintptr_t(1) << 21;
-  const uintptr_t begin = (uintptr_t(t.const_data_ptr()) + page - 1) & ~(page - 1);
-  const uintptr_t end = (uintptr_t(t.const_data_ptr()) + uintptr_t(t.numel()) * t.element_size()) & ~(page - 1);
-  if (end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: may fail
-#endif
-}
-
 // The static part of a sweep, as backends/cpu.py packs it.
 struct Options {
   int64_t rule;
@@ -125,7 +114,7 @@ struct Call {
     p.classes = w_rows / o.sub_centers;
     p.normalize_w = o.normalize_w;
     p.clamp = o.normalize_x && o.normalize_w;
-    p.bf16 = o.bf16 && sizeof(T) == 4 && path.products.bf16;
+    p.pieces = sizeof(T) == 8 ? 0 : o.bf16 ? path.kernels->pieces_bf16 : path.kernels->pieces_f32;
     p.rule = static_cast<RuleCode>(o.rule);
     p.unit_slope = o.unit_slope;
     p.reduction = static_cast<Reduction>(o.reduction);

@@ -1,103 +1,73 @@
-// Chooses the build of the sweep by the CPU's features, and looks up torch's bfloat16 products of tiles
-// (at::native::cpublas::brgemm).
-//
-// brgemm is exported by libtorch_cpu but is not part of the stable ABI: it is looked up when first needed, tried on one
-// tile against a plain loop, and left alone if it is missing, throws or is wrong. A forced path other than the best
-// multiplies in float32, so that each can be tested on one machine.
+// Chooses the build of the sweep by the CPU's features.
 #include "dispatch.h"
 
-#include <dlfcn.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
+#include <array>
 #include <atomic>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
-#include <vector>
-
-#include "storage.h"
 
 namespace fused_margin {
 namespace {
 
-bool has(const char* name) {
-  if (!std::strcmp(name, "portable")) return true;
-#if defined(__x86_64__)
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-  if (!std::strcmp(name, "avx2")) return avx2;
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  if (!std::strcmp(name, "avx512")) return avx512;
-  if (!std::strcmp(name, "avx512_bf16")) return avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
+// AMX's registers are 8 KB a thread: Linux wants to be asked by a process before it uses them.
+bool may_use_amx() {
+#if defined(__x86_64__) && defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  static const bool granted = syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return granted;
+#else
   return false;
-}
-
-const Kernels* kernels(const char* name) {
-#if defined(__x86_64__)
-  if (!std::strcmp(name, "avx512_bf16")) return &kernels_avx512_bf16();
-  if (!std::strcmp(name, "avx512")) return &kernels_avx512();
-  if (!std::strcmp(name, "avx2")) return &kernels_avx2();
 #endif
-  return &kernels_portable();
 }
 
-// Whether a product gives the right numbers: 5 x 19 = 5 x 8 times 8 x 19, added to 1.
-bool works(TileProducts::Bf16 product) {
-  constexpr int64_t M = 5, N = 19, K = 8;
-  const auto put = [](double v) { return storage::Bf16::put(float(v)).bits; };
-  const auto get = [](uint16_t v) { return double(storage::Bf16::get({v})); };
-  std::vector<uint16_t> a(M * K), b(K * N);
-  std::vector<float> c(M * N, 1.f);
-  for (int64_t i = 0; i < M * K; i++) a[i] = put(std::sin(i));
-  const auto at = [&](int64_t k, int64_t n) { return (k / 2 * N + n) * 2 + k % 2; };  // in pairs of rows
-  for (int64_t k = 0; k < K; k++)
-    for (int64_t n = 0; n < N; n++) b[at(k, n)] = put(std::cos(k * N + n));
-  try {
-    product(M, N, K, K, N, N, true, a.data(), b.data(), c.data(), true);
-  } catch (...) {
-    return false;
-  }
-  for (int64_t m = 0; m < M; m++)
-    for (int64_t n = 0; n < N; n++) {
-      double expected = 1;
-      for (int64_t k = 0; k < K; k++) expected += get(a[m * K + k]) * get(b[at(k, n)]);
-      if (!(std::fabs(expected - c[m * N + n]) < 1e-4)) return false;
-    }
-  return true;
-}
+struct Build {
+  const char* name;
+  const Kernels& (*kernels)();
+  bool (*runs_here)();
+};
 
-TileProducts find_products() {
-  TileProducts found;
-  void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
-  if (!torch) return found;
-  const auto symbol = [&](const char* name) { return dlsym(torch, name); };
-  const auto bf16 = (TileProducts::Bf16)symbol("_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb");
-  found.release = (TileProducts::Release)symbol("_ZN2at6native7cpublas14brgemm_releaseEb");
-  if (!found.release) return found;
-  if (bf16 && works(bf16)) found.bf16 = bf16;
-  found.release(true);
-  return found;
+#if defined(__x86_64__)
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
 }
+bool has_avx512() {
+  return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+bool has_amx() {
+  return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_amx();
+}
+#endif
+
+constexpr Build kRising[] = {{"portable", &kernels_portable, [] { return true; }},
+#if defined(__x86_64__)
+                             {"avx2", &kernels_avx2, &has_avx2},
+                             {"avx512", &kernels_avx512, &has_avx512},
+                             {"avx512_bf16", &kernels_avx512_bf16, &has_avx512_bf16},
+                             {"amx", &kernels_amx, &has_amx}
+#endif
+};
+constexpr int kBuilds = sizeof(kRising) / sizeof(kRising[0]);
 
 const CpuPath& path_named(const char* name) {
-  static const char* const rising[] = {"portable", "avx2", "avx512", "avx512_bf16"};
-  static const auto make = [](const char* n, bool best) {
-    return CpuPath{n, kernels(n), best ? find_products() : TileProducts{}};
-  };
-  static const char* const best = [] {
-    const char* n = rising[0];
-    for (const char* candidate : rising)
-      if (has(candidate)) n = candidate;
-    return n;
+  static const auto paths = [] {
+    std::array<CpuPath, kBuilds> all;
+    for (int i = 0; i < kBuilds; i++)
+      all[i] = {kRising[i].name, kRising[i].runs_here() ? &kRising[i].kernels() : nullptr};
+    return all;
   }();
-  static const CpuPath paths[] = {make(rising[0], best == rising[0]), make(rising[1], best == rising[1]),
-                                  make(rising[2], best == rising[2]), make(rising[3], best == rising[3])};
-  for (const CpuPath& path : paths)
-    if (!std::strcmp(path.name, name && *name ? name : best) && has(path.name)) return path;
+  for (int i = kBuilds; i-- > 0;)
+    if (paths[i].kernels && (!name || !*name || !std::strcmp(paths[i].name, name))) return paths[i];
   throw std::runtime_error(std::string("FUSED_MARGIN_CPU_CAPABILITY = '") + name +
-                           "' is unknown, or this CPU lacks it; expected portable, avx2, avx512 or avx512_bf16");
+                           "' is unknown, or this CPU lacks it; expected portable, avx2, avx512, avx512_bf16 or amx");
 }
 
 std::atomic<const CpuPath*> forced{nullptr};
@@ -129,8 +99,9 @@ __attribute__((visibility("default"))) const char* fm_cpu_error() {
 __attribute__((visibility("default"))) const char* fm_cpu_path() {
   static thread_local std::string text;
   const auto& path = fused_margin::cpu_path();
-  text = std::string(path.name) + ", float32: own loops, bfloat16: " +
-         (path.products.bf16 ? "torch's tile products (brgemm)" : "computed in float32");
+  text = std::string(path.name) +
+         ", float32: " + (path.kernels->pieces_f32 ? "products of three bfloat16 pieces" : "products in float32") +
+         ", bfloat16: " + (path.kernels->pieces_bf16 ? "products of bfloat16" : "computed in float32");
   return text.c_str();
 }
 
@@ -144,14 +115,10 @@ __attribute__((visibility("default"))) bool fm_set_capability(const char* name) 
   }
 }
 
-// The work of a benchmark: `repeats` products of 96 x 512 with 512 x 128 numbers in float32, on the calling thread, as
-// the sweep does them. Returns the floating-point operations of one.
-__attribute__((visibility("default"))) int64_t fm_multiply_tiles(int64_t repeats) {
-  constexpr int64_t M = 96, N = 128, K = 512;
-  const std::vector<float> a(M * K, 0.5f), b(K * N, 0.5f);
-  std::vector<float> c(M * N);
-  const auto multiply = fused_margin::cpu_path().kernels->multiply_f32;
-  for (int64_t i = 0; i < repeats; i++) multiply(M, N, K, a.data(), b.data(), c.data());
-  return 2 * M * N * K;
+// The work of a benchmark: products of a tile, as the sweep does them for operands of float32 or bfloat16, on the
+// calling thread. Returns the floating-point operations of one.
+__attribute__((visibility("default"))) int64_t fm_multiply_tiles(int64_t repeats, bool bf16) {
+  const auto& kernels = *fused_margin::cpu_path().kernels;
+  return kernels.multiply(bf16 ? kernels.pieces_bf16 : kernels.pieces_f32, repeats);
 }
 }

@@ -1,4 +1,4 @@
-// Which build of the sweep runs on this CPU, and whether torch's tile products are there.
+// Which build of the sweep runs on this CPU.
 #pragma once
 
 #include "problem.h"
@@ -6,9 +6,8 @@
 namespace fused_margin {
 
 struct CpuPath {
-  const char* name;  // "portable", "avx2", "avx512", "avx512_bf16"
+  const char* name;  // "portable", "avx2", "avx512", "avx512_bf16", "amx"
   const Kernels* kernels;
-  TileProducts products;
 };
 
 // The best path of this CPU, or the one that FUSED_MARGIN_CPU_CAPABILITY or set_capability names.

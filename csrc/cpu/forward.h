@@ -8,29 +8,25 @@ struct RowSums {
   double sum[kRowGroup], mean_v[kRowGroup], sum_v[kRowGroup], count[kRowGroup], masked[kRowGroup];
 };
 
-// A or N' for the products with w: as T it lies as C does (A in the place of C), as bf16 transposed [columns, stride].
+// A or N' for the products with w: as T it lies as C does (A in the place of C), in tiles as a left operand, transposed.
 template <class T>
 struct Weighted {
   T* wide;
-  uint16_t* narrow;
-  int64_t stride;
+  Tiles tiles;
 };
 
 // A square of lanes x lanes: rows of w from j0 on, columns from i on.
 template <class T>
 FM_INLINE void store_square(Vec<T> (&a)[kLanes<T>], const Cosines<T>& cos, int64_t rows, const Weighted<T>& out,
                             int64_t i, int64_t j0) {
-  if constexpr (sizeof(T) == 4) {
-    if (out.narrow) {
+  if constexpr (kTiled<T>) {
+    if (out.tiles.first) {
       transpose(a);
-      for (int64_t l = 0; l < kLanes<T>; l++) {
-        const Half16 h = to_bf16(a[l]);
-        __builtin_memcpy(out.narrow + (i + l) * out.stride + j0, &h, sizeof h);
-      }
+      for (int64_t l = 0; l < kLanes<T>; l++) put_left(out.tiles, i + l, j0, a[l]);
       return;
     }
   }
-  T* to = out.wide + cos.at(i, rows) + j0 * cos.width;
+  T* to = out.wide + (cos.at(i) - cos.c) + j0 * cos.width;
   for (int64_t l = 0; l < std::min(kLanes<T>, rows - j0); l++) store(to + l * cos.width, a[l]);
 }
 
@@ -63,7 +59,7 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
   bool changed = false;
   for (int64_t i = 0; i < cos.columns; i += lanes) {
     const int64_t row = cos.first + i, r = s_first + i;
-    const T* first = cos.c + cos.at(i, t.rows);
+    const T* first = cos.at(i);
     const Vec<T> scale = load(p.scale + row), tau = load(p.tau + row), target = load(cos.place + i);
     Vec<T> top = splat(-std::numeric_limits<T>::infinity()), best = top, count{}, masked{}, sum_v{};
     for (int64_t j = 0; j < t.rows; j++) {
@@ -83,11 +79,11 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
 
     const Vec<T> K = load(s.K + r);
     Vec<T> sum{}, mean_v{};
-    for (int64_t j0 = 0; j0 < t.rows; j0 += lanes) {
+    for (int64_t j0 = 0; j0 < t.height; j0 += lanes) {      // below the rows of w there are zeros
       Vec<T> a_square[lanes], slope_square[lanes], part{};  // many equal rivals round alike: sums of sums
       for (int64_t l = 0; l < lanes; l++) {
         const int64_t j = j0 + l;
-        if (p.bf16) ahead.ask(2 * kAskedLines);  // torch's products cannot ask
+        if (p.pieces) ahead.ask(1);
         a_square[l] = slope_square[l] = zero;
         if (j >= t.rows) continue;
         const Element<T> e = element(p, t, cos, first + j * cos.width, j, target);
@@ -128,11 +124,13 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
   return changed;
 }
 
-// A split's share of O: [padded, depth] in strips of `width` (bf16: [padded, dim] in rows), in memory of its own.
+// A split's share of O: [padded, depth] in panels, in memory of its own.
 template <class T>
 struct Share {
+  static constexpr int64_t width = kPanel<T>;
+
   T* o;
-  int64_t padded, width, strips;
+  int64_t padded, strips;
   T* at(int64_t i, int64_t strip) const { return o + (strip * padded + i) * width; }
 };
 
@@ -147,20 +145,20 @@ Partial<T> partial_of(const Problem<T>& p, T* base, int64_t split) {
   const int64_t shares = (p.want & kDx) ? ((p.want & kSum) ? 2 : 1) : 0, room = round_up(p.dim, kPad);
   T* state = base + split * p.padded * (kRowState + shares * room);
   T* o_red = state + kRowState * p.padded;
-  const int64_t width = p.bf16 ? p.dim : kPanel<T>, strips = div_up(p.dim, width);
+  const int64_t strips = div_up(p.dim, kPanel<T>);
   return {state,
-          {shares > 0 ? o_red : nullptr, p.padded, width, strips},
-          {shares > 1 ? o_red + p.padded * room : nullptr, p.padded, width, strips}};
+          {shares > 0 ? o_red : nullptr, p.padded, strips},
+          {shares > 1 ? o_red + p.padded * room : nullptr, p.padded, strips}};
 }
 
 // O += A^T w for one block; `add` is false where O holds nothing yet.
 template <class T>
-void add_share(const Problem<T>& p, const TileProducts& products, const Tile<T>& t, const Cosines<T>& cos,
-               const Weighted<T>& a, const Share<T>& share, bool add, Ahead& ahead) {
-  if constexpr (sizeof(T) == 4) {
-    if (p.bf16)
-      return products.bf16(cos.columns, p.dim, round_up(t.rows, 32), a.stride, p.dim, p.dim, add, a.narrow, t.pairs,
-                           share.at(cos.first, 0), true);
+void add_share(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, const Weighted<T>& a,
+               const Share<T>& share, bool add, Ahead& ahead) {
+  if constexpr (kTiled<T>) {
+    if (p.pieces)
+      return multiply_tiles(cos.columns, round_up(p.dim, kPad), t.height, a.tiles, t.right, share.at(cos.first, 0),
+                            p.padded, add, [&](int64_t, int64_t, float*) { ahead.ask(kAskedLinesOfBlock); });
   }
   constexpr int64_t P = kPanel<T>;
   for (int64_t strip = 0; strip < share.strips; strip++)
@@ -191,17 +189,18 @@ void scale_share(const Cosines<T>& cos, const T* factor, const Share<T>& share) 
 // One group of rows with one range of tiles.
 template <RuleCode rule, bool extras, class T>
 void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int64_t split, const PackedRows<T>& x,
-                  const TileProducts& products, const Partial<T>& out) {
+                  const Partial<T>& out) {
   using S = Scratch;
-  const int64_t stride = round_up(cut.tile_rows, 32), n = cut.block * cut.tile_rows, narrow = cut.block * stride;
+  const TileUnit unit(p.pieces);
+  const int64_t height = p.pieces ? round_up(cut.tile_rows, kPad) : cut.tile_rows, n = cut.block * height;
   S scratch(tile_room(p, cut.tile_rows, x.depth) + S::room<T>(n) + S::room<T>(cut.block) +
-            (p.bf16 ? 2 * S::room<uint16_t>(narrow) : S::room<T>(n)) + S::room<RowSums<T>>(1));
+            2 * S::room<uint16_t>(n * p.pieces) + S::room<T>(n) + S::room<RowSums<T>>(1));
   Tile<T> tile = make_tile(p, cut.tile_rows, x.depth, scratch);
   Cosines<T> cos{scratch.take<T>(n), nullptr, scratch.take<T>(cut.block), 0, 0, 0};
-  Weighted<T> a{cos.c, nullptr, stride}, slope = a;
-  if (p.bf16) {  // columns beyond the tile's rows are read by the product
-    std::fill_n(a.narrow = scratch.take<uint16_t>(narrow), narrow, 0);
-    std::fill_n(slope.narrow = scratch.take<uint16_t>(narrow), narrow, 0);
+  Weighted<T> a{cos.c, {}}, slope{nullptr, {}};
+  if (p.pieces) {
+    a.tiles = {scratch.take<uint16_t>(n * p.pieces), p.pieces, height / kTileStep};
+    slope.tiles = {scratch.take<uint16_t>(n * p.pieces), p.pieces, height / kTileStep};
   } else {
     slope.wide = scratch.take<T>(n);
   }
@@ -215,18 +214,18 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
     for (int64_t strip = 0; begin == end && share.o && strip < share.strips; strip++)
       std::fill(share.at(first, strip), share.at(last, strip), T(0));
   for (int64_t number = begin; number < end; number++) {
-    load_tile(p, number, cut.tile_classes, x.depth, p.want & kDx, tile);
+    load_tile(p, number, cut.tile_classes, tile);
+    if (p.pieces) put_tile(p.want & kDx, tile, p.dim);
     Ahead ahead = tile_ahead(p, number + 1 < end ? number + 1 : cut.tiles, cut.tile_rows);
     for (int64_t block = first; block < last; block += cut.block) {
-      compute_cosines<Kept::write>(p, products, x, tile, block, std::min(cut.block, last - block), cos);
+      compute_cosines<Kept::write>(p, x, tile, block, std::min(cut.block, last - block), cos, ahead);
       const bool changed = weigh_forward<rule, extras>(p, tile, cos, s, cos.first - first, a, slope, ahead);
       if (!(p.want & kDx)) continue;
       if (changed && number > begin) scale_share(cos, s.factor + cos.first - first, out.o_red);
-      add_share(p, products, tile, cos, a, out.o_red, number > begin, ahead);
-      if (p.want & kSum) add_share(p, products, tile, cos, slope, out.o_sum, number > begin, ahead);
+      add_share(p, tile, cos, a, out.o_red, number > begin, ahead);
+      if (p.want & kSum) add_share(p, tile, cos, slope, out.o_sum, number > begin, ahead);
     }
   }
-  if (p.bf16) products.release(true);
   for (int64_t i = first; i < last; i++) {
     const int64_t r = i - first;
     const T state[kRowState] = {s.K[r],         T(s.sum[r]),    s.best[r],    T(s.count[r]),
@@ -297,13 +296,13 @@ struct ForwardTask {
 };
 
 template <class T>
-void forward(const Problem<T>& p, const ForwardOut<T>& out, const TileProducts& products, const Parallel& parallel) {
+void forward(const Problem<T>& p, const ForwardOut<T>& out, const Parallel& parallel) {
   const Partition cut = partition(p, kForwardBlocking);
   const PackedRows<T> x(p, false, parallel);
   const auto task = choose_rule<ForwardTask<T>>(p.rule, p.want & (kSum | kStats | kDscale));
   parallel(cut.groups * cut.splits, [&](int64_t n) {
     const int64_t split = n / cut.groups;
-    task(p, cut, n % cut.groups, split, x, products, partial_of(p, out.partial, split));
+    task(p, cut, n % cut.groups, split, x, partial_of(p, out.partial, split));
   });
   parallel(div_up(p.batch, kPad), [&](int64_t strip) {
     for (int64_t i = strip * kPad; i < std::min((strip + 1) * kPad, p.batch); i++) merge_row(p, cut.splits, i, out);

@@ -36,9 +36,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_sweep(const Tenso
                           dx ? o_red.mutable_data_ptr<T>() : nullptr, dx && sum ? o_sum.mutable_data_ptr<T>() : nullptr,
                           partial.mutable_data_ptr<T>()};
   if constexpr (sizeof(T) == 8)
-    call.path.kernels->forward_f64(p, out, call.path.products, run_parallel);
+    call.path.kernels->forward_f64(p, out, run_parallel);
   else
-    call.path.kernels->forward_f32(p, out, call.path.products, run_parallel);
+    call.path.kernels->forward_f32(p, out, run_parallel);
 
   const double all_bias = std::accumulate(call.bias.begin(), call.bias.end(), 0.0);
   T* sums = sum_u.mutable_data_ptr<T>();
@@ -142,21 +142,20 @@ struct Upstream {
 };
 
 template <class T>
-std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& x, const Tensor& w, const Call<T>& call,
-                                                        const UpstreamTensors& up, const Tensor& o_red,
-                                                        const Tensor& o_sum, int64_t need) {
+std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& x, Tensor& d_w, const Call<T>& call,
+                                                const UpstreamTensors& up, const Tensor& o_red, const Tensor& o_sum,
+                                                int64_t need) {
   const Problem<T>& p = call.p;
   const Upstream<T> upstream(call, up);
   const BackwardIn<T>& in = upstream.in;
 
-  const auto make = [&](bool needed, const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type) {
-    return torch::stable::new_empty(like, needed ? std::vector<int64_t>(shape) : std::vector<int64_t>{0},
+  const auto make = [&](bool needed, std::initializer_list<int64_t> shape, ScalarType type) {
+    return torch::stable::new_empty(x, needed ? std::vector<int64_t>(shape) : std::vector<int64_t>{0},
                                     needed ? type : kType<T>);
   };
-  Tensor d_x = make(need & kX, x, {p.batch, p.dim}, x.scalar_type());
-  Tensor d_w = make(need & kW, w, {p.classes * p.sub_centers, p.dim}, w.scalar_type());
-  Tensor d_scale = make(need & kScale, x, {p.batch}, kType<T>);
-  Tensor d_bias = make(need & kBias, x, {p.classes}, kType<T>);
+  Tensor d_x = make(need & kX, {p.batch, p.dim}, x.scalar_type());
+  Tensor d_scale = make(need & kScale, {p.batch}, kType<T>);
+  Tensor d_bias = make(need & kBias, {p.classes}, kType<T>);
   if (need & kX) {
     const auto pointer = [](const Tensor& o) { return o.dim() == 2 ? o.const_data_ptr<T>() : nullptr; };
     call.by_strips([&](int64_t begin, int64_t end) {
@@ -170,31 +169,34 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_backward(const Tensor& x, const T
       d[i] = in.g_red[i] * aux[3 * p.batch + i] + in.g_sum_u[i] * aux[4 * p.batch + i];
   }
   if (need & (kW | kBias)) {
-    prefer_huge_pages(d_w);
+    STD_TORCH_CHECK(!(need & kW) || (d_w.is_contiguous() && d_w.numel() == p.classes * p.sub_centers * p.dim &&
+                                     storage_of(d_w) == p.w.storage),
+                    "fused_margin: the weights' gradient goes to contiguous memory of their type, ",
+                    p.classes * p.sub_centers, " x ", p.dim, " numbers");
     const BackwardOut<T> out{need & kW ? d_w.mutable_data_ptr() : nullptr,
                              need & kBias ? d_bias.mutable_data_ptr<T>() : nullptr};
     if constexpr (sizeof(T) == 8)
-      call.path.kernels->backward_f64(p, in, out, call.path.products, run_parallel);
+      call.path.kernels->backward_f64(p, in, out, run_parallel);
     else
-      call.path.kernels->backward_f32(p, in, out, call.path.products, run_parallel);
+      call.path.kernels->backward_f32(p, in, out, run_parallel);
   }
-  return {d_x, d_w, d_scale, d_bias};
+  return {d_x, d_scale, d_bias};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, Tensor x,
-                                                          Tensor w, Tensor labels, Tensor scale, MaybeTensor tau,
-                                                          MaybeTensor bias, MaybeTensor index, Tensor rule_args,
-                                                          Tensor red, Tensor aux, Tensor o_red, Tensor o_sum,
-                                                          Tensor kept, int64_t rule, bool unit_slope, int64_t reduction,
-                                                          int64_t sub_centers, bool normalize_x, bool normalize_w,
-                                                          bool bf16, int64_t num_classes, int64_t first_class,
-                                                          int64_t ignore_index, int64_t want, int64_t need) {
+std::tuple<Tensor, Tensor, Tensor> sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, Tensor x, Tensor w,
+                                                  Tensor labels, Tensor scale, MaybeTensor tau, MaybeTensor bias,
+                                                  MaybeTensor index, Tensor rule_args, Tensor red, Tensor aux,
+                                                  Tensor o_red, Tensor o_sum, Tensor kept, Tensor d_w, int64_t rule,
+                                                  bool unit_slope, int64_t reduction, int64_t sub_centers,
+                                                  bool normalize_x, bool normalize_w, bool bf16, int64_t num_classes,
+                                                  int64_t first_class, int64_t ignore_index, int64_t want,
+                                                  int64_t need) {
   const Options o{rule, unit_slope,  reduction,   sub_centers,  normalize_x, normalize_w,
                   bf16, num_classes, first_class, ignore_index, want};
   return by_type(x, [&](auto type) {
     Call<decltype(type)> call(x, w, labels, scale, tau, bias, index, rule_args, o);
     call.keep(kept);
-    return run_backward(x, w, call, {g_red, g_cos_y, g_sum_u, red, aux}, o_red, o_sum, need);
+    return run_backward(x, d_w, call, {g_red, g_cos_y, g_sum_u, red, aux}, o_red, o_sum, need);
   });
 }
 

@@ -45,7 +45,8 @@ template <class T>
 struct Problem {
   int64_t batch, padded, dim, classes, sub_centers;
   Weights w;
-  bool normalize_w, clamp, bf16;  // clamp: cosines to [-1, 1]; bf16: operands of the products
+  bool normalize_w, clamp;  // clamp: cosines to [-1, 1]
+  int64_t pieces;           // bfloat16 numbers that an operand of the products consists of (tiles.h); 0: it is a T
   RuleCode rule;
   bool unit_slope;
   Reduction reduction;
@@ -100,15 +101,18 @@ using Parallel = std::function<void(int64_t tasks, const std::function<void(int6
 struct Blocking {
   int64_t tile_rows, block;
 };
-constexpr Blocking kForwardBlocking{96, 128}, kBackwardBlocking{48, 512}, kBf16Blocking{128, 128};
+struct Blockings {
+  Blocking own, pieces;  // where operands are of type T, and where they are bfloat16 pieces
+};
+constexpr Blockings kForwardBlocking{{96, 128}, {96, 128}}, kBackwardBlocking{{48, 512}, {64, 512}};
 
 // How a sweep is cut: tiles of classes, and in the forward groups of rows x ranges of tiles, each a task.
 struct Partition {
   int64_t tile_classes, tile_rows, block, tiles, groups, splits;
 };
 template <class T>
-Partition partition(const Problem<T>& p, const Blocking& own) {
-  const Blocking& b = p.bf16 ? kBf16Blocking : own;
+Partition partition(const Problem<T>& p, const Blockings& blockings) {
+  const Blocking& b = p.pieces ? blockings.pieces : blockings.own;
   Partition cut;
   cut.tile_classes = std::max<int64_t>(1, b.tile_rows / p.sub_centers);
   cut.tile_rows = cut.tile_classes * p.sub_centers;
@@ -131,30 +135,18 @@ int64_t forward_workspace(const Problem<T>& p) {
   return partition(p, kForwardBlocking).splits * p.padded * (kRowState + outputs * round_up(p.dim, kPad));
 }
 
-// The bfloat16 products that torch's library computes on a tile; null where it has none.
-struct TileProducts {
-  using Bf16 = void (*)(int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, bool, const uint16_t*, const uint16_t*,
-                        float*, bool);
-  using Release = void (*)(bool);
-  Bf16 bf16 = nullptr;
-  Release release = nullptr;  // gives the tile unit back; each thread that used bf16 calls it
-};
-
 // One instruction set's build of the sweep.
 struct Kernels {
-  void (*forward_f32)(const Problem<float>&, const ForwardOut<float>&, const TileProducts&, const Parallel&);
-  void (*forward_f64)(const Problem<double>&, const ForwardOut<double>&, const TileProducts&, const Parallel&);
-  void (*backward_f32)(const Problem<float>&, const BackwardIn<float>&, const BackwardOut<float>&, const TileProducts&,
-                       const Parallel&);
-  void (*backward_f64)(const Problem<double>&, const BackwardIn<double>&, const BackwardOut<double>&,
-                       const TileProducts&, const Parallel&);
-  void (*step_f32)(const BackwardCall<float>* calls, int64_t count, const RowUpdate<float>&, const TileProducts&,
-                   const Parallel&);
-  void (*step_f64)(const BackwardCall<double>* calls, int64_t count, const RowUpdate<double>&, const TileProducts&,
-                   const Parallel&);
+  void (*forward_f32)(const Problem<float>&, const ForwardOut<float>&, const Parallel&);
+  void (*forward_f64)(const Problem<double>&, const ForwardOut<double>&, const Parallel&);
+  void (*backward_f32)(const Problem<float>&, const BackwardIn<float>&, const BackwardOut<float>&, const Parallel&);
+  void (*backward_f64)(const Problem<double>&, const BackwardIn<double>&, const BackwardOut<double>&, const Parallel&);
+  void (*step_f32)(const BackwardCall<float>* calls, int64_t count, const RowUpdate<float>&, const Parallel&);
+  void (*step_f64)(const BackwardCall<double>* calls, int64_t count, const RowUpdate<double>&, const Parallel&);
   void (*update_f32)(const RowUpdate<float>&, const Weights& grad, int64_t rows, int64_t dim, const Parallel&);
   void (*update_f64)(const RowUpdate<double>&, const Weights& grad, int64_t rows, int64_t dim, const Parallel&);
-  void (*multiply_f32)(int64_t m, int64_t n, int64_t k, const float* a, const float* b, float* c);  // all in panels
+  int64_t (*multiply)(int64_t pieces, int64_t repeats);  // the work of a benchmark (rate.h)
+  int64_t pieces_f32, pieces_bf16;                       // Problem::pieces for operands of float32 and of bfloat16
 };
 
 const Kernels& kernels_portable();
@@ -162,6 +154,7 @@ const Kernels& kernels_portable();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512_bf16();
+const Kernels& kernels_amx();
 #endif
 
 }  // namespace fused_margin

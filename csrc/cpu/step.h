@@ -83,8 +83,8 @@ void sweep_step(Tensor w, MaybeTensor m, MaybeTensor v, MaybeTensor step, MaybeT
     STD_TORCH_CHECK(count > 0, "fused_margin: a step needs at least one call of the sweep");
     const CpuPath& path = calls[0]->path;
     if constexpr (sizeof(T) == 8)
-      path.kernels->step_f64(inputs.data(), int64_t(count), u, path.products, run_parallel);
+      path.kernels->step_f64(inputs.data(), int64_t(count), u, run_parallel);
     else
-      path.kernels->step_f32(inputs.data(), int64_t(count), u, path.products, run_parallel);
+      path.kernels->step_f32(inputs.data(), int64_t(count), u, run_parallel);
   });
 }

@@ -5,7 +5,7 @@
 //   forward  A = exp(u - K ln 2) N'   O += A^T w      online softmax; K is whole, so rescaling rounds nothing
 //   backward G = (g_red A + g_sum) s N'   dW = G x_hat, with the Jacobian of the norm, then the target's share
 //
-// Operands and C lie in panels (product.h); for bfloat16 operands, which torch's library multiplies, in rows.
+// C lies in panels (product.h), and so do operands of type T; those of bfloat16 pieces lie in tiles (tiles.h).
 //
 // Included inside the namespace of an instruction set; never on its own.
 
@@ -46,27 +46,43 @@ class Scratch {
   char* next_;
 };
 
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+
+// Memory that begins with a cache line.
+template <class T>
+std::unique_ptr<T[], Free> make_lines(int64_t n) {
+  T* p = static_cast<T*>(std::aligned_alloc(64, size_t(round_up(std::max<int64_t>(n, 1) * int64_t(sizeof(T)), 64))));
+  if (!p) throw std::bad_alloc();
+  return std::unique_ptr<T[], Free>(p);
+}
+
 // x_hat in the layouts that the products read; made once a call.
 template <class T>
 struct PackedRows {
-  std::unique_ptr<T[]> columns;           // x_hat^T in panels: [padded / kPanel, depth, kPanel]
-  std::unique_ptr<T[]> rows;              // x_hat in panels: [depth / kPanel, padded, kPanel]
-  std::unique_ptr<uint16_t[]> columns16;  // in bf16, blocks of rows, dim in pairs: each [depth / 2, rows, 2]
-  std::unique_ptr<uint16_t[]> rows16;     // [padded / 2, dim, 2]
-  int64_t depth;                          // dim, rounded up to what the products take at once
+  std::unique_ptr<T[], Free> columns;  // x_hat^T in panels: [padded / kPanel, depth, kPanel]
+  std::unique_ptr<T[], Free> rows;     // x_hat in panels: [depth / kPanel, padded, kPanel]
+  Tiles columns_tiles, rows_tiles;     // or both as right operands of tiles
+  int64_t depth;                       // dim, rounded up to what the products take at once
 
   PackedRows(const Problem<T>& p, bool backward, const Parallel& parallel)
-      : depth(round_up(p.dim, p.bf16 ? 32 : kPanel<T>)) {
-    if (p.bf16) {
-      columns16.reset(new uint16_t[p.padded * depth]);
-      if (backward) rows16.reset(new uint16_t[p.padded * p.dim]);
+      : depth(round_up(p.dim, p.pieces ? kPad : kPanel<T>)) {
+    const int64_t n = p.padded * depth;
+    if (p.pieces) {
+      memory_ = make_lines<uint16_t>((backward ? 2 : 1) * n * p.pieces);
+      columns_tiles = {memory_.get(), p.pieces, depth / kTileStep};
+      if (backward) rows_tiles = {memory_.get() + n * p.pieces, p.pieces, p.padded / kTileStep};
     } else {
-      columns.reset(new T[p.padded * depth]);
-      if (backward) rows.reset(new T[p.padded * depth]);
+      columns = make_lines<T>(n);
+      if (backward) rows = make_lines<T>(n);
     }
     parallel(p.padded / kPad, [&](int64_t strip) {
-      for (int64_t i = strip * kPad; i < (strip + 1) * kPad && p.bf16; i++) pack16(p, i);
-      for (int64_t i = strip * kPad; i < (strip + 1) * kPad && !p.bf16; i += kPanel<T>) pack(p, i);
+      const int64_t first = strip * kPad;
+      if constexpr (kTiled<T>) {
+        if (p.pieces) return tile(p, first);
+      }
+      for (int64_t i = first; i < first + kPad; i += kPanel<T>) pack(p, i);
     });
   }
 
@@ -80,36 +96,34 @@ struct PackedRows {
     for (int64_t i = 0; i < P && rows; i++) pack_row(x + i * p.dim, p.dim, p.padded, rows.get() + (first + i) * P);
   }
 
-  void pack16(const Problem<T>& p, int64_t i) {
-    const int64_t most = kBf16Blocking.block, block = i / most * most;
-    const int64_t n = std::min(most, p.padded - block), r = i - block;
-    const T* x = p.x_hat + i * p.dim;
-    uint16_t* out = columns16.get() + block * depth;
-    for (int64_t d = 0; d < depth; d++) {
-      const uint16_t value = d < p.dim ? storage::Bf16::put(float(x[d])).bits : 0;
-      out[(d / 2 * n + r) * 2 + d % 2] = value;
-      if (rows16 && d < p.dim) rows16[(i / 2 * p.dim + d) * 2 + i % 2] = value;
-    }
+  void tile(const Problem<T>& p, int64_t first) {
+    const T* x = p.x_hat + first * p.dim;
+    for (int64_t i = 0; i < kPad; i += kTileSide) put_columns_right(columns_tiles, first + i, x + i * p.dim, p.dim);
+    for (int64_t i = 0; i < kPad && rows_tiles.first; i += 2)
+      put_rows_right(rows_tiles, first + i, x + i * p.dim, x + (i + 1) * p.dim, p.dim);
   }
+
+  std::unique_ptr<uint16_t[], Free> memory_;
 };
 
 // The rows of w that one tile holds, and what is computed from them.
 template <class T>
 struct Tile {
   int64_t first_class, classes, rows;
-  const T** source;       // [rows] the rows of w as T
-  T* copy;                // [rows, dim] for those that cannot be read in place
-  T *inv, *ones;          // [rows] 1 / max(|w_r|, eps), or 1; 1
-  T *label, *bias;        // [rows] the row's class, counted from first_class; its bias, or 0
-  T* panels;              // w in panels [depth / kPanel, rows, kPanel]
-  uint16_t *w16, *pairs;  // bf16: [rows, depth], and in pairs of rows [rows / 2, dim, 2] for the product with A^T
+  int64_t height;     // rows of what is multiplied: `rows`, or a multiple of 32
+  const T** source;   // [rows] the rows of w as T
+  T* copy;            // [rows, dim] for those that cannot be read in place
+  T *inv, *ones;      // [rows] 1 / max(|w_r|, eps), or 1; 1
+  T *label, *bias;    // [rows] the row's class, counted from first_class; its bias, or 0
+  T* panels;          // w in panels [depth / kPanel, rows, kPanel]
+  Tiles left, right;  // or as the left operand of the product with x_hat, and as the right one of that with A
 };
 
 template <class T>
 int64_t tile_room(const Problem<T>& p, int64_t rows, int64_t depth) {
   using S = Scratch;
   return S::room<const T*>(rows) + S::room<T>(rows * p.dim) + 4 * S::room<T>(rows) +
-         S::room<T>(p.bf16 ? 0 : rows * depth) + 2 * S::room<uint16_t>(p.bf16 ? round_up(rows, 32) * depth : 0);
+         S::room<T>(p.pieces ? 0 : rows * depth) + 2 * S::room<uint16_t>(round_up(rows, kPad) * depth * p.pieces);
 }
 
 template <class T>
@@ -121,9 +135,10 @@ Tile<T> make_tile(const Problem<T>& p, int64_t rows, int64_t depth, Scratch& scr
   t.ones = scratch.take<T>(rows);
   t.label = scratch.take<T>(rows);
   t.bias = scratch.take<T>(rows);
-  t.panels = scratch.take<T>(p.bf16 ? 0 : rows * depth);
-  t.w16 = scratch.take<uint16_t>(p.bf16 ? round_up(rows, 32) * depth : 0);
-  t.pairs = scratch.take<uint16_t>(p.bf16 ? round_up(rows, 32) * depth : 0);
+  t.panels = scratch.take<T>(p.pieces ? 0 : rows * depth);
+  const int64_t n = round_up(rows, kPad) * depth * p.pieces;
+  t.left = {scratch.take<uint16_t>(n), p.pieces, depth / kTileStep};
+  t.right = {scratch.take<uint16_t>(n), p.pieces, round_up(rows, kPad) / kTileStep};
   return t;
 }
 
@@ -144,41 +159,26 @@ T inverse_norm(const T* row, int64_t dim) {
   return T(1 / (norm < kEps ? kEps : norm));
 }
 
-// Rows r and r + 1 to bf16, side by side and interleaved.
-inline void convert_pair(const float* a, const float* b, int64_t dim, uint16_t* a16, uint16_t* b16, uint16_t* pairs) {
-  constexpr int64_t lanes = kLanes<float>;
-  int64_t d = 0;
-  for (; d + lanes <= dim; d += lanes) {
-    const Half16 low = to_bf16(load(a + d)), high = to_bf16(load(b + d));
-    __builtin_memcpy(a16 + d, &low, sizeof low);
-    __builtin_memcpy(b16 + d, &high, sizeof high);
-    if (!pairs) continue;
-    using Bits = VecOf<float>::bits;
-    const Bits both = __builtin_convertvector(low, Bits) | __builtin_convertvector(high, Bits) << 16;
-    __builtin_memcpy(pairs + 2 * d, &both, sizeof both);
-  }
-  for (; d < dim; d++) {
-    a16[d] = storage::Bf16::put(a[d]).bits;
-    b16[d] = storage::Bf16::put(b[d]).bits;
-    if (pairs) pairs[2 * d] = a16[d], pairs[2 * d + 1] = b16[d];
-  }
-}
-
+// The tile's rows as a left operand, and as a right one, with zeros below.
 template <class T>
-void convert_tile(const Problem<T>& p, int64_t depth, bool pairs, Tile<T>& t) {
-  if constexpr (sizeof(T) == 4) {
-    for (int64_t r = 0; r < t.rows; r += 2) {
-      uint16_t *a16 = t.w16 + r * depth, *b16 = a16 + depth;
-      convert_pair(t.source[r], t.source[std::min(r + 1, t.rows - 1)], p.dim, a16, b16,
-                   pairs ? t.pairs + r * p.dim : nullptr);
-      std::fill(a16 + p.dim, b16, 0);
-      std::fill(b16 + p.dim, b16 + depth, 0);
-    }  // a last odd row is paired with itself: its partner meets zeros in A
-    if (pairs) std::fill(t.pairs + round_up(t.rows, 2) * p.dim, t.pairs + round_up(t.rows, 32) * p.dim, 0);
+void put_tile(bool right, const Tile<T>& t, int64_t dim) {
+  if constexpr (kTiled<T>) {
+    for (int64_t r = 0; r < t.height; r += 2) {
+      const float *even = r < t.rows ? t.source[r] : nullptr, *odd = r + 1 < t.rows ? t.source[r + 1] : nullptr;
+      if (!even && right)
+        put_rows_right(t.right, r, even, odd, dim);
+      else if (!even)
+        break;
+      else if (right)
+        put_pair(t.left, t.right, r, even, odd, dim, std::true_type{});
+      else
+        put_pair(t.left, t.right, r, even, odd, dim, std::false_type{});
+    }
   }
 }
 
 constexpr int64_t kAskedLines = 2;  // for each row of a block of sums: as many as a core has on the way at one time
+constexpr int64_t kAskedLinesOfBlock = 32;  // for each block of 32 x 32
 
 // Rows that will be read soon, asked for a little at a time while the products run.
 class Ahead {
@@ -233,32 +233,34 @@ void load_bias(const Problem<T>& p, Tile<T>& t) {
 }
 
 template <class T>
-void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, int64_t depth, bool pairs, Tile<T>& t) {
+void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, Tile<T>& t) {
   t.first_class = number * tile_classes;
   t.classes = std::min(tile_classes, p.classes - t.first_class);
   t.rows = t.classes * p.sub_centers;
+  t.height = p.pieces ? round_up(t.rows, kPad) : t.rows;
   for (int64_t r = 0; r < t.rows; r++) {
     t.source[r] = row_of(p.w, t.first_class * p.sub_centers + r, p.dim, t.copy + r * p.dim);
     t.inv[r] = p.normalize_w ? inverse_norm(t.source[r], p.dim) : T(1);
     t.ones[r] = 1;
     t.label[r] = T(r / p.sub_centers);
-    if (!p.bf16) pack_row(t.source[r], p.dim, t.rows, t.panels + r * kPanel<T>);
+    if (!p.pieces) pack_row(t.source[r], p.dim, t.rows, t.panels + r * kPanel<T>);
   }
   load_bias(p, t);
-  if (p.bf16) convert_tile(p, depth, pairs, t);
 }
 
 // The cosines of one tile with one block of rows of x.
 template <class T>
 struct Cosines {
-  T* c;             // [rows of the tile, columns] in strips of `width`, to be multiplied with `factor` of the row
-  const T* factor;  // [rows of the tile]
-  T* place;         // [columns] the row's target as a class of this tile, -1 if it is elsewhere
+  static constexpr int64_t width = kPanel<T>;
+
+  T* c;                    // [height of the tile, columns] in panels, to be multiplied with `factor` of the row
+  const T* factor;         // [rows of the tile]
+  T* place;                // [columns] the row's target as a class of this tile, -1 if it is elsewhere
   int64_t columns, first;  // rows of x in this block; the first one
-  int64_t width;           // kPanel, or for bf16 all columns
+  int64_t height;          // of the tile
 
   // Column i of the tile's first row; from a row to the next it is `width`.
-  int64_t at(int64_t i, int64_t rows) const { return i / width * width * rows + i % width; }
+  T* at(int64_t i) const { return c + i / width * width * height + i % width; }
 };
 
 // Stands for the cosine of a sub-centre that is not the maximum of its class: it takes part in nothing.
@@ -269,7 +271,7 @@ template <class T>
 void keep_best_centers(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos) {
   for (int64_t j = 0; j < t.classes; j++)
     for (int64_t i = 0; i < cos.columns; i++) {
-      T *best = nullptr, *first = cos.c + cos.at(i, t.rows);
+      T *best = nullptr, *first = cos.at(i);
       for (int64_t r = j * p.sub_centers; r < (j + 1) * p.sub_centers; r++) {
         T* c = first + r * cos.width;
         *c *= t.inv[r];
@@ -286,12 +288,12 @@ void keep_best_centers(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& 
 // Whether the backward finds products in memory, with the first rows of w, or makes them again.
 enum class Kept { write, read };
 
-// They lie in the strips of Cosines, each over all rows that are kept: [padded / width, kept_rows, width].
+// They lie in panels as in Cosines, but of all rows that are kept: [padded / width, kept_rows, width].
 template <Kept direction, class T>
 void move_kept(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos) {
   const int64_t row = t.first_class * p.sub_centers, rows = std::min(t.rows, p.kept_rows - row);
   for (int64_t i = 0; i < cos.columns && rows > 0; i += cos.width) {
-    T *here = cos.c + i * t.rows, *there = p.kept + (cos.first + i) * p.kept_rows + row * cos.width;
+    T *here = cos.at(i), *there = p.kept + (cos.first + i) * p.kept_rows + row * cos.width;
     const size_t bytes = size_t(rows * cos.width) * sizeof(T);
     if constexpr (direction == Kept::write)
       std::memcpy(there, here, bytes);
@@ -300,18 +302,31 @@ void move_kept(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos) {
   }
 }
 
-template <Kept direction, class T>
-void compute_cosines(const Problem<T>& p, const TileProducts& products, const PackedRows<T>& x, const Tile<T>& t,
-                     int64_t first, int64_t block, Cosines<T>& out) {
-  out.first = first;
-  const int64_t n = out.columns = std::min(block, p.padded - first);
-  out.width = p.bf16 ? n : kPanel<T>;
-  const bool known = direction == Kept::read && t.first_class * p.sub_centers + t.rows <= p.kept_rows;
-  if constexpr (sizeof(T) == 4) {
-    if (p.bf16 && !known)
-      products.bf16(t.rows, n, x.depth, x.depth, n, n, false, t.w16, x.columns16.get() + first * x.depth, out.c, true);
+// Whether the products of all of the tile's rows are kept.
+template <class T>
+bool all_kept(const Problem<T>& p, const Tile<T>& t) {
+  return t.first_class * p.sub_centers + t.rows <= p.kept_rows;
+}
+
+template <class T>
+void multiply_rows_of_x(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, const Cosines<T>& out,
+                        Ahead& ahead) {
+  if constexpr (kTiled<T>) {
+    if (p.pieces)
+      return multiply_tiles(t.height, out.columns, x.depth, t.left, x.columns_tiles.from(out.first / kTileSide, 0),
+                            out.c, t.height, false, [&](int64_t, int64_t, float*) { ahead.ask(kAskedLinesOfBlock); });
   }
-  if (!p.bf16 && !known) multiply_panels(t.rows, n, x.depth, t.panels, x.columns.get() + first * x.depth, out.c);
+  multiply_panels(t.rows, out.columns, x.depth, t.panels, x.columns.get() + out.first * x.depth, out.c);
+}
+
+template <Kept direction, class T>
+void compute_cosines(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, int64_t first, int64_t block,
+                     Cosines<T>& out, Ahead& ahead) {
+  out.first = first;
+  out.height = t.height;
+  const int64_t n = out.columns = std::min(block, p.padded - first);
+  const bool known = direction == Kept::read && all_kept(p, t);
+  if (!known) multiply_rows_of_x(p, x, t, out, ahead);
   if (known || direction == Kept::write) move_kept<direction>(p, t, out);
   for (int64_t i = 0; i < n; i++) {
     const int64_t target = p.target[first + i], j = target - t.first_class;

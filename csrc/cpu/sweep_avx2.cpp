@@ -7,5 +7,6 @@
 #define FM_VECTOR_BYTES 32
 #define FM_PRODUCT_ROWS 6
 #define FM_PRODUCT_VECTORS 2
+#define FM_TILES 0
 #include "sweep_build.h"
 #endif

@@ -1,4 +1,4 @@
-// The sweep built for one instruction set. AVX-512 with bfloat16 conversion.
+// The sweep built for one instruction set. AVX-512 with bfloat16 conversions and dot products.
 #if defined(__x86_64__)
 #include "sweep_includes.h"
 
@@ -7,5 +7,6 @@
 #define FM_VECTOR_BYTES 64
 #define FM_PRODUCT_ROWS 12
 #define FM_PRODUCT_VECTORS 2
+#define FM_TILES 1
 #include "sweep_build.h"
 #endif

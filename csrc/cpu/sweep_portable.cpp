@@ -4,4 +4,5 @@
 #define FM_VECTOR_BYTES 16
 #define FM_PRODUCT_ROWS 4
 #define FM_PRODUCT_VECTORS 2
+#define FM_TILES 0
 #include "sweep_build.h"

@@ -17,7 +17,6 @@ struct VecOf<double> {
   typedef int64_t integer __attribute__((vector_size(FM_VECTOR_BYTES)));
   typedef uint64_t bits __attribute__((vector_size(FM_VECTOR_BYTES)));
 };
-typedef uint16_t Half16 __attribute__((vector_size(FM_VECTOR_BYTES / 2)));
 
 template <class T>
 using Vec = typename VecOf<T>::type;
@@ -37,6 +36,19 @@ template <class T>
 FM_INLINE void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof v);
 }
+// Stores past the cache, of whole lines of it; other threads see them after end_streams.
+constexpr bool kStreams = FM_VECTOR_BYTES == 64;
+#if defined(__x86_64__) && FM_VECTOR_BYTES == 64
+FM_INLINE void stream(float* p, Vec<float> v) { _mm512_stream_ps(p, (__m512)v); }
+FM_INLINE void stream(double* p, Vec<double> v) { _mm512_stream_pd(p, (__m512d)v); }
+FM_INLINE void end_streams() { _mm_sfence(); }
+#else
+template <class T>
+FM_INLINE void stream(T* p, Vec<T> v) {
+  store(p, v);
+}
+FM_INLINE void end_streams() {}
+#endif
 template <class T>
 FM_INLINE Vec<T> splat(T a) {
   return Vec<T>{} + a;
@@ -133,17 +145,6 @@ FM_INLINE Vec<double> log1p_unit(Vec<double> t) {
 template <class T>
 FM_INLINE T power_of_two(T k) {
   return std::ldexp(T(1), int(k));
-}
-
-// The nearest bfloat16, ties to even, NaN kept.
-FM_INLINE Half16 to_bf16(Vec<float> v) {
-#if defined(__AVX512BF16__)
-  return (Half16)_mm512_cvtneps_pbh((__m512)v);
-#else
-  const auto u = (VecOf<float>::bits)v;
-  const auto rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-  return __builtin_convertvector(v != v ? (VecOf<float>::bits){} + 0x7fc0 : rounded, Half16);
-#endif
 }
 
 // Transposes a square of vectors in place: v[i][j] becomes v[j][i].

@@ -17,7 +17,8 @@ from ..rules import CODES, REDUCTIONS
 from ..spec import Need, Spec, Want, acc_dtype
 from ..update_rules import OPTIMIZERS, State, Update
 
-CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16")  # what FUSED_MARGIN_CPU_CAPABILITY takes, in rising order
+# What FUSED_MARGIN_CPU_CAPABILITY takes, in rising order.
+CAPABILITIES = ("portable", "avx2", "avx512", "avx512_bf16", "amx")
 LOSS_REDUCTIONS = ("mean", "sum", "none")  # as csrc/cpu/problem.h numbers them
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _INPUTS = "Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor? tau, Tensor? bias, Tensor? index, Tensor rule_args"
@@ -33,14 +34,14 @@ def _spec_schema(operands: str) -> str:
 def sweep_schemas(operands: str, keeps: bool) -> list[str]:
     """Of the sweep's operators, here and in cuda.py; `operands`: what they are told of those of the products."""
     spec = _spec_schema(operands)
-    written, kept = (", Tensor(a!) kept", ", Tensor kept") if keeps else ("", "")
+    written, kept, d_w = (", Tensor(a!) kept", ", Tensor kept, Tensor(a!) d_w", "") if keeps else ("", "", ", Tensor")
     return [
         f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {spec}) -> Tensor",
         f"sweep({_INPUTS}{written}, {spec}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
         f"sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args{written}, {spec}, Tensor forms, "
         "int loss_reduction) -> (Tensor, Tensor, Tensor, Tensor)",
         f"sweep_backward(Tensor g_red, Tensor g_cos_y, Tensor g_sum_u, {_INPUTS}, Tensor red, Tensor aux, "
-        f"Tensor o_red, Tensor o_sum{kept}, {spec}, int need) -> (Tensor, Tensor, Tensor, Tensor)",
+        f"Tensor o_red, Tensor o_sum{kept}, {spec}, int need) -> (Tensor{d_w}, Tensor, Tensor)",
     ]
 
 
@@ -83,7 +84,8 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
         return None, f"the C++ extension does not load: {error}"
     library.fm_cpu_error.restype = library.fm_cpu_path.restype = ctypes.c_char_p
     library.fm_set_capability.argtypes = [ctypes.c_char_p]
-    library.fm_multiply_tiles.argtypes, library.fm_multiply_tiles.restype = [ctypes.c_int64], ctypes.c_int64
+    library.fm_multiply_tiles.argtypes = [ctypes.c_int64, ctypes.c_bool]
+    library.fm_multiply_tiles.restype = ctypes.c_int64
     return library, library.fm_cpu_error().decode()
 
 
@@ -133,9 +135,9 @@ def path() -> str:
     return _reason or _C.fm_cpu_path().decode()
 
 
-def multiply_tiles(repeats: int) -> int:
-    """For benchmarks: float32 products of one tile's size on the calling thread; the operations of one."""
-    return _C.fm_multiply_tiles(repeats)
+def multiply_tiles(repeats: int, bf16: bool = False) -> int:
+    """For benchmarks: the sweep's products of one tile's size, on the calling thread; the operations of one."""
+    return _C.fm_multiply_tiles(repeats, bf16)
 
 
 _forced: list[str] = []  # what the `capability` blocks that are open have asked for
@@ -143,11 +145,7 @@ _forced: list[str] = []  # what the `capability` blocks that are open have asked
 
 @contextlib.contextmanager
 def capability(name: str) -> Iterator[None]:
-    """Within the block, the whole process uses this entry of CAPABILITIES: for tests.
-
-    All but the best one of this CPU compute products with our own loops, so that every path can be tested on one
-    machine.
-    """
+    """Within the block, the whole process uses this entry of CAPABILITIES: for tests."""
     if _C is None:
         raise RuntimeError(_reason)
     if not _C.fm_set_capability(name.encode()):
@@ -186,13 +184,13 @@ def target_cosine(x: Tensor, w: Tensor, labels: Tensor, index: Tensor | None, sp
 
 
 def sweep(x, w, labels, scale, tau, bias, index, rule_args, spec: Spec) -> tuple[Tensor, ...]:
-    kept = memory.numbers(kept_size(x, w, index, spec), acc_dtype(x))
+    kept = memory.numbers(kept_size(x, w, index, spec), acc_dtype(x), "products")
     return *_ops.sweep.default(x, w, labels, scale, tau, bias, index, rule_args, kept, *_pack(spec)), kept
 
 
 def sweep_loss(x, w, labels, scale, rule_args, spec: Spec, forms, loss_reduction) -> tuple[Tensor, ...]:
     reduction = LOSS_REDUCTIONS.index(loss_reduction)
-    kept = memory.numbers(kept_size(x, w, None, spec), acc_dtype(x))
+    kept = memory.numbers(kept_size(x, w, None, spec), acc_dtype(x), "products")
     packed = (*_pack(spec), numbers(tuple(forms)), reduction)
     return *_ops.sweep_loss.default(x, w, labels, scale, rule_args, kept, *packed), kept
 
@@ -205,10 +203,14 @@ def numbers(forms: tuple[float, ...]) -> Tensor:
 def sweep_backward(
     g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, kept, spec, need
 ) -> tuple[Tensor, ...]:
-    d_x, d_w, d_scale, d_bias = _ops.sweep_backward.default(
+    rows = 0 if not need & Need.W else len(w if index is None else index)
+    d_w = memory.numbers(rows * w.shape[1], w.dtype, "gradient")
+    d_x, d_scale, d_bias = _ops.sweep_backward.default(
         g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
-        kept, *_pack(spec), need,
+        kept, d_w, *_pack(spec), need,
     )  # fmt: skip
+    if need & Need.W:
+        d_w = d_w.view(rows, w.shape[1])
     if need & Need.BIAS:
         d_bias = d_bias.to(bias.dtype)
     return d_x, d_w, d_scale.to(scale.dtype) if need & Need.SCALE else d_scale, d_bias

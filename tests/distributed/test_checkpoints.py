@@ -59,8 +59,9 @@ def test_another_number_of_ranks_goes_on(way, before, after, tmp_path, undisturb
         return
     head, optimizer, network = training()
     steps(head, optimizer, network, 0, 3)
-    torch.testing.assert_close(torch.cat([o[0] for o in out]), optimizer.state[head.weight]["momentum_buffer"])
-    torch.testing.assert_close(torch.cat([o[1] for o in out]), head.weight.detach())
+    for k, expected in enumerate((optimizer.state[head.weight]["momentum_buffer"], head.weight.detach())):
+        difference = torch.cat([o[k] for o in out]) - expected
+        assert difference.abs().max() < 2e-6 * expected.abs().max()  # sums of numbers as large as any, in another order
     assert [o[2] for o in out] == [3] * after
 
 
