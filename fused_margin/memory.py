@@ -1,7 +1,8 @@
-"""Memory that goes from one step to the next, as fresh pages from the system would take much of the time they save."""
+"""Memory that goes from one step to the next: fresh pages from the system would take much of a step's time."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import weakref
@@ -23,12 +24,14 @@ def numbers(count: int, dtype: torch.dtype, use: str) -> Tensor:
     """
     size = count * dtype.itemsize
     if size < SMALL:
-        return torch.empty(count, dtype=dtype)
+        return torch.empty(count, dtype=dtype, device="cpu")
     block = _spare.pop(use, None)
     if block is None or len(block) != size:
+        block = None  # goes before the new one comes
         block = mmap.mmap(-1, size, **_PRIVATE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
-            block.madvise(mmap.MADV_HUGEPAGE)
+            with contextlib.suppress(OSError):  # a wish; some systems have no huge pages
+                block.madvise(mmap.MADV_HUGEPAGE)
     lent = (ctypes.c_char * size).from_buffer(block)  # the tensor holds it, it holds the block
     weakref.finalize(lent, _give_back, use, block).atexit = False
     return torch.frombuffer(lent, dtype=dtype)

@@ -161,6 +161,13 @@ MUTANTS = [
         ("kernel_lesser_centres_count", "excluded |= loser;", ""),
         ("kernel_softplus_slope", "slope = select(u < zero, e, one)", "slope = select(u < zero, one, e)"),
     ),
+    *_in(  # where the CPU has AMX, or products of bfloat16 for all but the first
+        "csrc/cpu/tiles.h",
+        ("kernel_product_of_pieces_lost", "pieces == 1 ? 1 : 6;", "pieces == 1 ? 1 : 5;"),
+        ("kernel_depth_begins_anew", "                                    add || step);", "add);"),
+        ("kernel_ragged_piece_lost", "if (count > 0) __builtin_memcpy", "if (false) __builtin_memcpy"),
+        ("kernel_odd_row_lost", "put(line + kTileStep, odd_piece)", "put(line + kTileStep, even_piece)"),
+    ),
     *_in(
         "csrc/cpu/forward.h",
         ("kernel_sum_not_rescaled", "    sum[l] *= factor[l];\n", ""),

@@ -43,6 +43,7 @@ TESTS = [
     "no_sync",
     "edges",
     "chunks",
+    "tiles",
     "invariants",
     "functional",
     "promises",

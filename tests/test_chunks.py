@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fused_margin as fm
 from fused_margin.spec import Want
@@ -103,12 +104,29 @@ def test_rules(path, dtype, rule, reduction):
     check(Inputs(37, 300, 40, rule, dtype=getattr(torch, dtype)), "cpu", reduction=reduction)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("centers", [2, 3, 7, 50, 130])
-def test_sub_centers_across_tiles(path, centers):
+def test_sub_centers_across_tiles(path, centers, dtype):
     """A class never lies in two tiles, also where a tile is no multiple of its centres or is less than they are."""
-    inputs = Inputs(21, 61 * centers, 10, bias=False)
+    inputs = Inputs(21, 61 * centers, 10, bias=False, dtype=dtype)
     inputs.labels %= 61
     check(inputs, "cpu", {"sub_centers": centers}, sub_centers=centers)
+
+
+def test_a_large_gradient(path):
+    """From 64 MiB on it is written past the cache; rows with targets are read again and changed."""
+    batch, classes, dim = 8, 140_000, 128
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(batch, dim, generator=g), torch.randn(classes, dim, generator=g).requires_grad_()
+    labels = torch.tensor([0, 1, 1, 70_000, 70_000, 70_001, classes - 1, classes - 2])
+    fm.functional.margin_cross_entropy(x, w, labels, fm.ArcFace(0.5), reduction="sum").backward()
+    some = torch.cat([labels, torch.randint(classes, (2000,), generator=g)]).unique()
+    rows = w.detach().double().requires_grad_()
+    cos = F.linear(F.normalize(x.double()), F.normalize(rows))
+    marked = torch.cos(torch.acos(cos[torch.arange(batch), labels]) + 0.5)
+    logits = 64 * cos.index_put((torch.arange(batch), labels), marked)
+    F.cross_entropy(logits, labels, reduction="sum").backward()
+    torch.testing.assert_close(w.grad[some].double(), rows.grad[some], rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize(

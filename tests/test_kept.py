@@ -123,6 +123,9 @@ def test_memory_is_used_again_and_can_be_released():
     memory.release()
     assert not memory._spare
     assert memory.numbers(0, torch.float32, "gradient").shape == (0,)
+    with torch.device("meta"):
+        assert all(memory.numbers(n, torch.float32, "gradient").device.type == "cpu" for n in (1, 2**21))
+    memory.release()
 
 
 def test_a_gradient_that_is_dropped_lends_its_memory_to_the_next():

@@ -47,7 +47,7 @@ def distance(got, exact) -> list[float]:
 
 @pytest.mark.parametrize("shape", [(128, 3000, 512), (70, 1001, 200)], ids=["512", "200"])
 def test_not_further_from_float64_than_float32_itself(amx, shape):
-    """A third product left out would be 2^-16 of the whole, a hundred times the error of float32."""
+    """One of the six products left out would be 2^-16 of the whole, a hundred times the error of float32."""
     inputs = draw(*shape)
     x, w, labels = inputs
     exact = run(x.double(), w.double(), labels)
@@ -84,8 +84,8 @@ def test_a_number_that_is_none_stays_in_its_row(amx, bad):
     assert d_x.isnan().all()
 
 
-def test_tiles_are_left_as_they_were(amx):
-    """Torch's own products use the unit too, before, between and after."""
+def test_beside_products_of_torch(amx):
+    """They use the unit too, before, between and after."""
     a, b = torch.randn(64, 128).bfloat16(), torch.randn(128, 96).bfloat16()
     expected = a @ b
     inputs = draw(64, 500, 96)

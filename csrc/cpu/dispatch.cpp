@@ -6,10 +6,10 @@
 #include <unistd.h>
 #endif
 
-#include <array>
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -42,30 +42,37 @@ bool has_avx512() {
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 bool has_avx512_bf16() { return has_avx512() && __builtin_cpu_supports("avx512bf16"); }
+#if defined(FM_HAS_AMX)
 bool has_amx() {
   return has_avx512_bf16() && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_amx();
 }
 #endif
+#endif
 
-constexpr Build kRising[] = {{"portable", &kernels_portable, [] { return true; }},
+constexpr Build kRising[] = {
+    {"portable", &kernels_portable, [] { return true; }},
 #if defined(__x86_64__)
-                             {"avx2", &kernels_avx2, &has_avx2},
-                             {"avx512", &kernels_avx512, &has_avx512},
-                             {"avx512_bf16", &kernels_avx512_bf16, &has_avx512_bf16},
-                             {"amx", &kernels_amx, &has_amx}
+    {"avx2", &kernels_avx2, &has_avx2},
+    {"avx512", &kernels_avx512, &has_avx512},
+    {"avx512_bf16", &kernels_avx512_bf16, &has_avx512_bf16},
+#if defined(FM_HAS_AMX)
+    {"amx", &kernels_amx, &has_amx},
+#endif
 #endif
 };
 constexpr int kBuilds = sizeof(kRising) / sizeof(kRising[0]);
 
+// The best build, or the one of this name. No other is asked whether it runs here: AMX is not asked for in vain.
 const CpuPath& path_named(const char* name) {
-  static const auto paths = [] {
-    std::array<CpuPath, kBuilds> all;
-    for (int i = 0; i < kBuilds; i++)
-      all[i] = {kRising[i].name, kRising[i].runs_here() ? &kRising[i].kernels() : nullptr};
-    return all;
-  }();
-  for (int i = kBuilds; i-- > 0;)
-    if (paths[i].kernels && (!name || !*name || !std::strcmp(paths[i].name, name))) return paths[i];
+  static CpuPath paths[kBuilds];
+  static std::once_flag asked[kBuilds];
+  for (int i = kBuilds; i-- > 0;) {
+    if (name && *name && std::strcmp(kRising[i].name, name)) continue;
+    std::call_once(asked[i], [&] {
+      if (kRising[i].runs_here()) paths[i] = {kRising[i].name, &kRising[i].kernels()};
+    });
+    if (paths[i].kernels) return paths[i];
+  }
   throw std::runtime_error(std::string("FUSED_MARGIN_CPU_CAPABILITY = '") + name +
                            "' is unknown, or this CPU lacks it; expected portable, avx2, avx512, avx512_bf16 or amx");
 }

@@ -158,7 +158,7 @@ void add_share(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, con
   if constexpr (kTiled<T>) {
     if (p.pieces)
       return multiply_tiles(cos.columns, round_up(p.dim, kPad), t.height, a.tiles, t.right, share.at(cos.first, 0),
-                            p.padded, add, [&](int64_t, int64_t, float*) { ahead.ask(kAskedLinesOfBlock); });
+                            p.padded, add, [](int64_t, int64_t, float*) {});
   }
   constexpr int64_t P = kPanel<T>;
   for (int64_t strip = 0; strip < share.strips; strip++)
@@ -192,7 +192,7 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
                   const Partial<T>& out) {
   using S = Scratch;
   const TileUnit unit(p.pieces);
-  const int64_t height = p.pieces ? round_up(cut.tile_rows, kPad) : cut.tile_rows, n = cut.block * height;
+  const int64_t height = cut.height, n = cut.block * height;
   S scratch(tile_room(p, cut.tile_rows, x.depth) + S::room<T>(n) + S::room<T>(cut.block) +
             2 * S::room<uint16_t>(n * p.pieces) + S::room<T>(n) + S::room<RowSums<T>>(1));
   Tile<T> tile = make_tile(p, cut.tile_rows, x.depth, scratch);
@@ -218,7 +218,7 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
     if (p.pieces) put_tile(p.want & kDx, tile, p.dim);
     Ahead ahead = tile_ahead(p, number + 1 < end ? number + 1 : cut.tiles, cut.tile_rows);
     for (int64_t block = first; block < last; block += cut.block) {
-      compute_cosines<Kept::write>(p, x, tile, block, std::min(cut.block, last - block), cos, ahead);
+      compute_cosines<Kept::write>(p, x, tile, block, std::min(cut.block, last - block), cos);
       const bool changed = weigh_forward<rule, extras>(p, tile, cos, s, cos.first - first, a, slope, ahead);
       if (!(p.want & kDx)) continue;
       if (changed && number > begin) scale_share(cos, s.factor + cos.first - first, out.o_red);

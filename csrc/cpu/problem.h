@@ -97,7 +97,7 @@ using Parallel = std::function<void(int64_t tasks, const std::function<void(int6
 
 // What exists at one time: a tile of rows of w, and its cosines with a block of rows of x. Both stay in a core's L2
 // cache beside what streams by. The backward has no sums over classes to carry, so that its tiles may be lower and its
-// blocks longer: up to 512 rows, a row of dW is finished in registers.
+// blocks longer: up to 512 rows, a row of dW is finished as soon as it is summed.
 struct Blocking {
   int64_t tile_rows, block;
 };
@@ -108,14 +108,21 @@ constexpr Blockings kForwardBlocking{{96, 128}, {96, 128}}, kBackwardBlocking{{4
 
 // How a sweep is cut: tiles of classes, and in the forward groups of rows x ranges of tiles, each a task.
 struct Partition {
-  int64_t tile_classes, tile_rows, block, tiles, groups, splits;
+  int64_t tile_classes, tile_rows, height, block, tiles, groups, splits;  // height: tile_rows, as they are multiplied
 };
+// Rows of a tile as the products take them.
+template <class T>
+int64_t multiplied_rows(const Problem<T>& p, int64_t rows) {
+  return p.pieces ? round_up(rows, kPad) : rows;
+}
+
 template <class T>
 Partition partition(const Problem<T>& p, const Blockings& blockings) {
   const Blocking& b = p.pieces ? blockings.pieces : blockings.own;
   Partition cut;
   cut.tile_classes = std::max<int64_t>(1, b.tile_rows / p.sub_centers);
   cut.tile_rows = cut.tile_classes * p.sub_centers;
+  cut.height = multiplied_rows(p, cut.tile_rows);
   cut.block = b.block;
   cut.tiles = div_up(p.classes, cut.tile_classes);
   cut.groups = div_up(p.padded, kRowGroup);
@@ -154,7 +161,10 @@ const Kernels& kernels_portable();
 const Kernels& kernels_avx2();
 const Kernels& kernels_avx512();
 const Kernels& kernels_avx512_bf16();
+#if __has_include(<amxbf16intrin.h>)
+#define FM_HAS_AMX  // of the compiler, from GCC 11 on
 const Kernels& kernels_amx();
+#endif
 #endif
 
 }  // namespace fused_margin

@@ -161,19 +161,13 @@ T inverse_norm(const T* row, int64_t dim) {
 
 // The tile's rows as a left operand, and as a right one, with zeros below.
 template <class T>
-void put_tile(bool right, const Tile<T>& t, int64_t dim) {
+void put_tile(bool with_right, const Tile<T>& t, int64_t dim) {
   if constexpr (kTiled<T>) {
-    for (int64_t r = 0; r < t.height; r += 2) {
-      const float *even = r < t.rows ? t.source[r] : nullptr, *odd = r + 1 < t.rows ? t.source[r + 1] : nullptr;
-      if (!even && right)
-        put_rows_right(t.right, r, even, odd, dim);
-      else if (!even)
-        break;
-      else if (right)
-        put_pair(t.left, t.right, r, even, odd, dim, std::true_type{});
-      else
-        put_pair(t.left, t.right, r, even, odd, dim, std::false_type{});
-    }
+    const Tiles right = with_right ? t.right : Tiles{};
+    const T* none = nullptr;
+    for (int64_t r = 0; r < t.rows; r += 2)
+      put_pair(t.left, right, r, t.source[r], r + 1 < t.rows ? t.source[r + 1] : nullptr, dim);
+    for (int64_t r = round_up(t.rows, 2); r < t.height && with_right; r += 2) put_rows_right(right, r, none, none, dim);
   }
 }
 
@@ -237,7 +231,7 @@ void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, Tile<T
   t.first_class = number * tile_classes;
   t.classes = std::min(tile_classes, p.classes - t.first_class);
   t.rows = t.classes * p.sub_centers;
-  t.height = p.pieces ? round_up(t.rows, kPad) : t.rows;
+  t.height = multiplied_rows(p, t.rows);
   for (int64_t r = 0; r < t.rows; r++) {
     t.source[r] = row_of(p.w, t.first_class * p.sub_centers + r, p.dim, t.copy + r * p.dim);
     t.inv[r] = p.normalize_w ? inverse_norm(t.source[r], p.dim) : T(1);
@@ -309,24 +303,23 @@ bool all_kept(const Problem<T>& p, const Tile<T>& t) {
 }
 
 template <class T>
-void multiply_rows_of_x(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, const Cosines<T>& out,
-                        Ahead& ahead) {
+void multiply_rows_of_x(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, const Cosines<T>& out) {
   if constexpr (kTiled<T>) {
     if (p.pieces)
       return multiply_tiles(t.height, out.columns, x.depth, t.left, x.columns_tiles.from(out.first / kTileSide, 0),
-                            out.c, t.height, false, [&](int64_t, int64_t, float*) { ahead.ask(kAskedLinesOfBlock); });
+                            out.c, t.height, false, [](int64_t, int64_t, float*) {});
   }
   multiply_panels(t.rows, out.columns, x.depth, t.panels, x.columns.get() + out.first * x.depth, out.c);
 }
 
 template <Kept direction, class T>
 void compute_cosines(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, int64_t first, int64_t block,
-                     Cosines<T>& out, Ahead& ahead) {
+                     Cosines<T>& out) {
   out.first = first;
   out.height = t.height;
   const int64_t n = out.columns = std::min(block, p.padded - first);
   const bool known = direction == Kept::read && all_kept(p, t);
-  if (!known) multiply_rows_of_x(p, x, t, out, ahead);
+  if (!known) multiply_rows_of_x(p, x, t, out);
   if (known || direction == Kept::write) move_kept<direction>(p, t, out);
   for (int64_t i = 0; i < n; i++) {
     const int64_t target = p.target[first + i], j = target - t.first_class;

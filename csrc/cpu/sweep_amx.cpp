@@ -1,6 +1,6 @@
 // The sweep built for one instruction set. AVX-512 with AMX, which multiplies tiles of bfloat16.
-#if defined(__x86_64__)
 #include "sweep_includes.h"
+#if defined(FM_HAS_AMX)
 
 #pragma GCC target("amx-tile,amx-bf16,avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,bmi2")
 #define FM_ISA amx

@@ -82,10 +82,9 @@ void put_rows_right(const Tiles& out, int64_t k, const float* even, const float*
               odd ? load_part(odd + n, dim - n) : Vec<float>{});
 }
 
-// Rows m and m + 1 [dim] of a left operand, and of a right one if there is one. `odd` may be null.
-template <class Right>
-FM_INLINE void put_pair(const Tiles& left, const Tiles& right, int64_t m, const float* even, const float* odd,
-                        int64_t dim, Right with_right) {
+// Rows m and m + 1 [dim] of a left operand, and of a right one if there is one. `odd` may be null: zeros.
+inline void put_pair(const Tiles& left, const Tiles& right, int64_t m, const float* even, const float* odd,
+                     int64_t dim) {
   for (int64_t k = 0; k < round_up(dim, kPad); k += kTileStep) {
     uint16_t* to = left.tile(m / kTileSide, k / kTileStep, 0) + m % kTileSide * kTileStep;
     Vec<float> row[2][2];
@@ -100,7 +99,7 @@ FM_INLINE void put_pair(const Tiles& left, const Tiles& right, int64_t m, const 
         uint16_t* line = to + piece * kTileNumbers + v * kTileSide;
         put(line, even_piece);
         put(line + kTileStep, odd_piece);
-        if (with_right)
+        if (right.first)
           put(right.tile(k / kTileSide + v, m / kTileStep, piece) + m % kTileStep * kTileSide,
               interleave(even_piece, odd_piece));
       }
@@ -116,8 +115,8 @@ void put_columns_right(const Tiles& out, int64_t n, const float* rows, int64_t d
       const float* row = rows + i * dim + k;
       Vec<float> low = load_part(row, dim - k), high = load_part(row + kTileSide, dim - k - kTileSide);
       for (int64_t piece = 0; piece < out.pieces; piece++) {
-        const Piece first = take_piece(low), second = take_piece(high);
-        pairs[piece][i] = (Bits)_mm512_inserti64x4(_mm512_castsi256_si512(first), second, 1);
+        const Piece halves[2] = {take_piece(low), take_piece(high)};
+        __builtin_memcpy(&pairs[piece][i], halves, sizeof halves);
       }
     }
     for (int64_t piece = 0; piece < out.pieces; piece++) {
@@ -140,26 +139,34 @@ constexpr int64_t kDepthSteps = pieces == 1 ? 8 : 2;
 
 #if FM_TILES == 2
 
+// Compilers believe that these instructions read or write less memory than they do.
+FM_INLINE void see_memory() { asm volatile("" ::: "memory"); }
+
 // While it lives, the thread's tile registers have the shape that the products need.
 class TileUnit {
  public:
   explicit TileUnit(bool needed) : needed_(needed) {
     if (!needed) return;
-    struct alignas(64) {
-      uint8_t palette = 1, start_row = 0, reserved[14] = {};
-      uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-    } shape;
     _tile_storeconfig(found_);
-    _tile_loadconfig(&shape);
+    _tile_loadconfig(&kShape);
   }
   ~TileUnit() {
-    if (needed_) _tile_loadconfig(found_);  // whoever had configured them need not know
+    if (!needed_) return;
+    see_memory();
+    _tile_loadconfig(found_);  // whoever had configured them need not know
   }
   TileUnit(const TileUnit&) = delete;
   TileUnit& operator=(const TileUnit&) = delete;
 
  private:
+  struct alignas(64) Shape {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t bytes[16];
+    uint8_t rows[16];
+  };
+  static constexpr Shape kShape{
+      1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};  // of the eight registers
+
   const bool needed_;
   alignas(64) char found_[64];
 };
@@ -205,6 +212,8 @@ FM_INLINE void multiply_tile_block(const Tiles& left, const Tiles& right, int64_
 
 #else
 
+FM_INLINE void see_memory() {}
+
 // The same, eight rows of c at a time in registers.
 template <int pieces>
 FM_INLINE void multiply_tile_block(const Tiles& left, const Tiles& right, int64_t steps, float* c, bool add) {
@@ -247,7 +256,7 @@ template <int pieces, class Done>
 void multiply_pieces(int64_t M, int64_t N, int64_t K, const Tiles& left, const Tiles& right, float* c, int64_t rows,
                      bool add, const Done& done) {
   const int64_t steps = K / kTileStep;
-  asm volatile("" ::: "memory");  // the compiler does not see that the instructions read memory
+  see_memory();
   for (int64_t step = 0; step < steps; step += kDepthSteps<pieces>) {
     const int64_t depth = std::min(kDepthSteps<pieces>, steps - step);
     for (int64_t n = 0; n < N; n += kTileBlock)
@@ -258,13 +267,13 @@ void multiply_pieces(int64_t M, int64_t N, int64_t K, const Tiles& left, const T
         if (step + depth == steps) done(m, n, block);
       }
   }
-  asm volatile("" ::: "memory");
+  see_memory();
 }
 
 template <class Done>
 void multiply_tiles(int64_t M, int64_t N, int64_t K, const Tiles& left, const Tiles& right, float* c, int64_t rows,
                     bool add, const Done& done) {
-  if (left.pieces == 1)
+  if (FM_TILES == 1 || left.pieces == 1)
     multiply_pieces<1>(M, N, K, left, right, c, rows, add, done);
   else
     multiply_pieces<kMostPieces>(M, N, K, left, right, c, rows, add, done);

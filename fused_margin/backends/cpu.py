@@ -31,10 +31,13 @@ def _spec_schema(operands: str) -> str:
     )
 
 
-def sweep_schemas(operands: str, keeps: bool) -> list[str]:
-    """Of the sweep's operators, here and in cuda.py; `operands`: what they are told of those of the products."""
+def sweep_schemas(operands: str, lends: bool) -> list[str]:
+    """Of the sweep's operators, here and in cuda.py; `operands`: what they are told of those of the products.
+
+    lends: they are handed the memory of the products that are kept and of the weights' gradient.
+    """
     spec = _spec_schema(operands)
-    written, kept, d_w = (", Tensor(a!) kept", ", Tensor kept, Tensor(a!) d_w", "") if keeps else ("", "", ", Tensor")
+    written, kept, d_w = (", Tensor(a!) kept", ", Tensor kept, Tensor(a!) d_w", "") if lends else ("", "", ", Tensor")
     return [
         f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {spec}) -> Tensor",
         f"sweep({_INPUTS}{written}, {spec}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -64,7 +67,7 @@ def step_schemas(operands: str) -> list[str]:
 
 _OPERANDS = "bool bf16"
 _library = torch.library.Library("fused_margin_cpu", "DEF")
-for _schema in (*sweep_schemas(_OPERANDS, keeps=True), *step_schemas(_OPERANDS)):
+for _schema in (*sweep_schemas(_OPERANDS, lends=True), *step_schemas(_OPERANDS)):
     _library.define(_schema)
 _ops = torch.ops.fused_margin_cpu
 
@@ -197,14 +200,14 @@ def sweep_loss(x, w, labels, scale, rule_args, spec: Spec, forms, loss_reduction
 
 @functools.lru_cache(maxsize=64)
 def numbers(forms: tuple[float, ...]) -> Tensor:
-    return torch.tensor(forms, dtype=torch.float64)
+    return torch.tensor(forms, dtype=torch.float64, device="cpu")
 
 
 def sweep_backward(
     g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum, kept, spec, need
 ) -> tuple[Tensor, ...]:
     rows = 0 if not need & Need.W else len(w if index is None else index)
-    d_w = memory.numbers(rows * w.shape[1], w.dtype, "gradient")
+    d_w = memory.numbers(rows * w.shape[1], w.dtype if need & Need.W else acc_dtype(x), "gradient")
     d_x, d_scale, d_bias = _ops.sweep_backward.default(
         g_red, g_cos_y, g_sum_u, x, w, labels, scale, tau, bias, index, rule_args, red, aux, o_red, o_sum,
         kept, d_w, *_pack(spec), need,

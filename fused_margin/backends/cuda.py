@@ -19,7 +19,7 @@ from .reference import check_labels
 _KEY = "CUDA"  # of the devices that the kernels are registered for
 _schemas = torch.library.Library("fused_margin_cuda", "DEF")
 _OPERANDS = "int operand"
-for _schema in (*cpu.sweep_schemas(_OPERANDS, keeps=False), *cpu.step_schemas(_OPERANDS)):
+for _schema in (*cpu.sweep_schemas(_OPERANDS, lends=False), *cpu.step_schemas(_OPERANDS)):
     _schemas.define(_schema)
 _ops = torch.ops.fused_margin_cuda
 

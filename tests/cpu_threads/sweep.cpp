@@ -64,15 +64,15 @@ struct Sweep {
     std::vector<float> partial(forward_workspace(p)), d_w(classes * dim), updated = w, momentum(classes * dim);
     std::vector<float> g(p.padded, 0), red_low(p.padded, 0);
     for (int64_t i = 0; i < batch; i++) g[i] = 0.01f * float(i % 7 - 3);
-    kernels.forward_f32(p, {red.data(), aux.data(), o.data(), o_sum.data(), partial.data()}, {}, parallel);
+    kernels.forward_f32(p, {red.data(), aux.data(), o.data(), o_sum.data(), partial.data()}, parallel);
     const BackwardIn<float> in{g.data(),       g.data(),          g.data(),        red.data(),
                                red_low.data(), target_row.data(), by_target.data()};
-    kernels.backward_f32(p, in, {d_w.data(), nullptr}, {}, parallel);
+    kernels.backward_f32(p, in, {d_w.data(), nullptr}, parallel);
     Problem<float> stepped = p;
     stepped.w.data = updated.data();
     const BackwardCall<float> call{&stepped, in};
     const Hyper sgd{Optimizer::sgd, 0.1, 5e-4, 0.9, 0, false, 0, 0, 0};
-    kernels.step_f32(&call, 1, {sgd, stepped.w, updated.data(), momentum.data(), nullptr, nullptr, 1}, {}, parallel);
+    kernels.step_f32(&call, 1, {sgd, stepped.w, updated.data(), momentum.data(), nullptr, nullptr, 1}, parallel);
     std::vector<float> all;
     for (const auto* v : {&red, &aux, &o, &o_sum, &d_w, &updated, &momentum})
       all.insert(all.end(), v->begin(), v->end());
