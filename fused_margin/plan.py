@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from .backends.cpu import KEPT_BYTES
+from .backends.cpu import kept_rows
 
 OPTIMIZERS = ("sgd", "adamw", "sweep-sgd", "sweep-adamw")
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -141,7 +141,7 @@ def memory(s: Setup) -> dict[str, float]:
     # embeddings (in float32 too, where ranks sum their gradient) and labels as gathered; O and dX
     sharded = 0 if s.world == 1 or embedding == 4 else 4
     items["gathered rows"] = s.batch * (s.dim * (2 * embedding + sharded + 4) + 8)
-    items["products kept for the gradient"] = 4 * rows * min(s.sampled * s.sub_centers, KEPT_BYTES // (4 * rows))
+    items["products kept for the gradient"] = 4 * rows * kept_rows(s.batch, s.dim, s.sampled * s.sub_centers, 4)
     items["work space"] = max(_forward_space(s), _backward_space(s))
     return items
 

@@ -29,21 +29,21 @@ def _cpu():
 
 
 @contextlib.contextmanager
-def keeping(rows: int, batch: int, itemsize: int):
+def keeping(rows: int, batch: int, dim: int, itemsize: int):
     """Within the block, products with so many rows of w are kept."""
     old = cpu.KEPT_BYTES
-    cpu.KEPT_BYTES = rows * itemsize * -(-batch // 32) * 32
+    cpu.KEPT_BYTES = (rows + 3 * dim) * itemsize * -(-batch // 32) * 32 if rows else 0
     try:
         yield
     finally:
         cpu.KEPT_BYTES = old
 
 
-def same_bits(run, batch: int, rows: int, itemsize: int) -> None:
-    with keeping(0, batch, itemsize):
+def same_bits(run, batch: int, rows: int, dim: int, itemsize: int) -> None:
+    with keeping(0, batch, dim, itemsize):
         expected = run()
     for kept in (1, rows // 2 + 1, rows - 1, rows):
-        with keeping(kept, batch, itemsize):
+        with keeping(kept, batch, dim, itemsize):
             for key, value in run().items():
                 assert torch.equal(value, expected[key]), f"{key} with {kept} of {rows} rows kept"
 
@@ -53,7 +53,7 @@ def same_bits(run, batch: int, rows: int, itemsize: int) -> None:
 def test_same_bits(path, mode, batch):  # noqa: F811
     """None, one, half, all but one, all: tiles of the forward and of the backward end at other rows."""
     p = problem(MARGINS["sv_arcface"], MODES[mode], batch, 300, 40, bias=True)
-    same_bits(lambda: cases.run(p, "cpu"), batch, 300, MODES[mode].acc.itemsize)
+    same_bits(lambda: cases.run(p, "cpu"), batch, 300, 40, MODES[mode].acc.itemsize)
 
 
 WANT = int(ALL | Want.DW)
@@ -70,7 +70,7 @@ def test_same_bits_of_every_rule(rule, reduction, sub_centers, sampled):
         out = inputs.run("cpu", index, reduction=reduction, sub_centers=sub_centers, want=WANT)
         return inputs.gradients(out, inputs.leaves)
 
-    same_bits(run, 40, 75 if sampled else 150, 8)
+    same_bits(run, 40, 75 if sampled else 150, 20, 8)
 
 
 def test_nothing_is_kept_where_no_weight_learns():
@@ -80,8 +80,15 @@ def test_nothing_is_kept_where_no_weight_learns():
     assert cpu.kept_size(x, w, None, spec._replace(want=WANT)) == 32 * 200
     assert cpu.kept_size(x, w, y, spec._replace(want=WANT)) == 32 * 8
     assert cpu.kept_size(x[:0], w, None, spec._replace(want=WANT)) == 0
-    rows = cpu.KEPT_BYTES // (32 * 4)
-    assert cpu.kept_size(x, torch.empty(rows + 5, 1, device="meta"), None, spec._replace(want=WANT)) == 32 * rows
+
+
+def test_as_many_as_there_is_room_for():
+    """Beside three copies of the embeddings; none where these alone are more than the limit."""
+    x, spec = torch.randn(8, 16), Spec(num_classes=200, want=WANT, backend="cpu")
+    rows = cpu.KEPT_BYTES // (32 * 4) - 3 * 16
+    assert cpu.kept_size(x, torch.empty(rows + 5, 16, device="meta"), None, spec) == 32 * rows
+    assert cpu.kept_rows(1024, 512, 10**6, 4) == cpu.KEPT_BYTES // 4096 - 3 * 512
+    assert cpu.kept_rows(10**5, 512, 10**6, 4) == 0
 
 
 def loss_of(x, w, y):
@@ -170,7 +177,7 @@ def test_sweep_optimizers_take_the_same_steps(optimizer, accumulate):
             made.zero_grad()
         return {"w": head.weight.detach()}
 
-    same_bits(train, 40, 200, 4)
+    same_bits(train, 40, 200, 12, 4)
 
 
 def test_compiled():

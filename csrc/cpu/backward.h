@@ -13,6 +13,7 @@ template <RuleCode rule, bool extras, class T>
 void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t, const Cosines<T>& cos,
                     const Tiles& tiles, const TileSums<T>& sums, Ahead& ahead) {
   constexpr int64_t lanes = kLanes<T>;
+  const int64_t asked = asked_lines_of_vector(p);
   const bool soft = p.reduction == Reduction::softplus;
   const Vec<T> zero{};
   for (int64_t i = 0; i < cos.columns; i += lanes) {
@@ -23,7 +24,7 @@ void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>&
     const Vec<T> red_low = load(in.red_low + row);
     for (int64_t j = 0; j < t.rows; j++) {
       T* at = first + j * cos.width;
-      if (p.pieces) ahead.ask(1);
+      if (p.pieces) ahead.ask(asked);
       const Element<T> e = element(p, t, cos, at, j, target);
       const Rival<Vec<T>> n = rival<rule, Ops>(e.c, tau, p.args);
       const Vec<T> u = scale * n.value + t.bias[j];

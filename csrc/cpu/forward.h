@@ -54,6 +54,7 @@ template <RuleCode rule, bool extras, class T>
 bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, RowSums<T>& s, int64_t s_first,
                    const Weighted<T>& a_out, const Weighted<T>& slope_out, Ahead& ahead) {
   constexpr int64_t lanes = kLanes<T>;
+  const int64_t asked = asked_lines_of_vector(p);
   const bool soft = p.reduction == Reduction::softplus;
   const Vec<T> zero{};
   bool changed = false;
@@ -83,7 +84,7 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
       Vec<T> a_square[lanes], slope_square[lanes], part{};  // many equal rivals round alike: sums of sums
       for (int64_t l = 0; l < lanes; l++) {
         const int64_t j = j0 + l;
-        if (p.pieces) ahead.ask(1);
+        if (p.pieces) ahead.ask(asked);
         a_square[l] = slope_square[l] = zero;
         if (j >= t.rows) continue;
         const Element<T> e = element(p, t, cos, first + j * cos.width, j, target);

@@ -172,7 +172,8 @@ void put_tile(bool with_right, const Tile<T>& t, int64_t dim) {
 }
 
 constexpr int64_t kAskedLines = 2;  // for each row of a block of sums: as many as a core has on the way at one time
-constexpr int64_t kAskedLinesOfBlock = 32;  // for each block of 32 x 32
+constexpr int64_t kAskedLinesOfBlock = 32;      // for each block of 32 x 32
+constexpr int64_t kMostAskedLinesOfVector = 4;  // for each vector of cosines: with more the weighing waits for memory
 
 // Rows that will be read soon, asked for a little at a time while the products run.
 class Ahead {
@@ -213,6 +214,13 @@ class Ahead {
   const int64_t* index_ = nullptr;
   int64_t step_ = 0, bytes_ = 0, row_ = 0, end_ = 0;
 };
+
+// Lines to ask for with each vector of cosines, so that the last one asks for the last line of the next tile.
+template <class T>
+int64_t asked_lines_of_vector(const Problem<T>& p) {
+  const int64_t lines = div_up(p.dim * int64_t(sizeof(T)), 64), vectors = p.padded / kLanes<T>;  // of a row of w
+  return std::min(kMostAskedLinesOfVector, div_up(lines, std::max<int64_t>(vectors, 1)));
+}
 
 // The rows of w of the tile with this number, of tiles of so many rows.
 template <class T>

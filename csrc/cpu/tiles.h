@@ -132,10 +132,11 @@ template <int pieces>
 constexpr int kPairs = pieces == 1 ? 1 : 6;
 constexpr int kLeftPiece[] = {1, 1, 2, 0, 0, 0}, kRightPiece[] = {1, 0, 0, 0, 1, 2};
 
-// How far a block sums at one time: so that two strips of an operand of this depth stay in the L1 cache while those of
-// the other one pass.
+// How far a block of sums goes along the sum at one time, in steps. Shorter, two strips of one operand stay in the L1 cache
+// while those of the other one pass: that is worth it for one piece. For three, sums that come and go cost more than strips
+// from the L2 cache: with 2 steps 288 GFLOP/s, with 16 steps 371, of 390 where nothing is loaded at all.
 template <int pieces>
-constexpr int64_t kDepthSteps = pieces == 1 ? 8 : 2;
+constexpr int64_t kDepthSteps = pieces == 1 ? 8 : 16;
 
 #if FM_TILES == 2
 
@@ -175,6 +176,7 @@ class TileUnit {
 template <int pieces>
 FM_INLINE void multiply_tile_block(const Tiles& left, const Tiles& right, int64_t steps, float* c, bool add) {
   constexpr int64_t line = kTileStep * sizeof(uint16_t), row = kTileBlock * sizeof(float);
+  constexpr int64_t next = pieces * kTileNumbers;
   float* low = c + kTileSide * kTileBlock;
   if (add) {
     _tile_loadd(0, c, row);
@@ -187,22 +189,25 @@ FM_INLINE void multiply_tile_block(const Tiles& left, const Tiles& right, int64_
     _tile_zero(2);
     _tile_zero(3);
   }
+  const uint16_t *a0 = left.tile(0, 0, 0), *a1 = left.tile(1, 0, 0), *b0 = right.tile(0, 0, 0),
+                 *b1 = right.tile(1, 0, 0);
   for (int64_t step = 0; step < steps; step++) {
     FM_UNROLL for (int pair = 0; pair < kPairs<pieces>; pair++) {
       const int l = pieces == 1 ? 0 : kLeftPiece[pair], r = pieces == 1 ? 0 : kRightPiece[pair];
       if (pair == 0 || l != kLeftPiece[pair - 1]) {
-        _tile_loadd(4, left.tile(0, step, l), line);
-        _tile_loadd(5, left.tile(1, step, l), line);
+        _tile_loadd(4, a0 + l * kTileNumbers, line);
+        _tile_loadd(5, a1 + l * kTileNumbers, line);
       }
       if (pair == 0 || r != kRightPiece[pair - 1]) {
-        _tile_loadd(6, right.tile(0, step, r), line);
-        _tile_loadd(7, right.tile(1, step, r), line);
+        _tile_loadd(6, b0 + r * kTileNumbers, line);
+        _tile_loadd(7, b1 + r * kTileNumbers, line);
       }
       _tile_dpbf16ps(0, 4, 6);
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
+    a0 += next, a1 += next, b0 += next, b1 += next;
   }
   _tile_stored(0, c, row);
   _tile_stored(1, c + kTileSide, row);

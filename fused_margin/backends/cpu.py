@@ -120,17 +120,25 @@ def _kept_bytes() -> int:
         raise ValueError(f"FUSED_MARGIN_KEEP_MIB={text!r}; expected a number of MiB, 0 to keep nothing") from None
 
 
-KEPT_BYTES = _kept_bytes()  # at most, of products that a forward leaves for the backward of w
+KEPT_BYTES = _kept_bytes()  # at most, of products that a forward leaves for the backward of w, and copies of x beside
 _PAD = 32  # rows of x are padded to a multiple of this (kPad in csrc/cpu/problem.h)
+_COPIES = 3  # of the memory of x: what the layouts for products with x take in a backward, at most
+
+
+def kept_rows(batch: int, dim: int, rows: int, itemsize: int) -> int:
+    """Of so many rows of w, those whose products are kept: as many as KEPT_BYTES leave room for."""
+    padded = -(-batch // _PAD) * _PAD
+    room = KEPT_BYTES // itemsize - _COPIES * padded * dim  # numbers
+    return min(rows, max(0, room) // max(padded, 1))
 
 
 def kept_size(x: Tensor, w: Tensor, index: Tensor | None, spec: Spec) -> int:
-    """Numbers in `kept`: the products of all rows of x with the first rows of w, as many as KEPT_BYTES hold."""
+    """Numbers in `kept`: the products of all rows of x with the first rows of w."""
     if not spec.want & Want.DW:
         return 0
-    padded = (x.shape[0] + _PAD - 1) // _PAD * _PAD
+    batch, dim = x.shape
     rows = (w if index is None else index).shape[0]
-    return padded * min(rows, KEPT_BYTES // (max(padded, 1) * acc_dtype(x).itemsize))
+    return -(-batch // _PAD) * _PAD * kept_rows(batch, dim, rows, acc_dtype(x).itemsize)
 
 
 def path() -> str:
