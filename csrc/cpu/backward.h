@@ -72,19 +72,20 @@ FM_INLINE void finish_gradient(const Problem<T>& p, const Tile<T>& t, const Tile
 
 template <class T>
 void add_gradient(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, const Cosines<T>& cos,
-                  const Tiles& tiles, const TileGradient<T>& g, Ahead& ahead, Ahead& state) {
+                  const Tiles& tiles, const TileGradient<T>& g, Ahead& ahead, Ahead& state, Loading<T>& loading) {
   const bool last = g.last_call && cos.first + cos.columns == p.padded, begun = g.begun || cos.first;
   constexpr int64_t P = kPanel<T>, lanes = kLanes<T>;
   if constexpr (kTiled<T>) {
-    if (p.pieces)
+    if (p.pieces) {
+      const auto done = [&](int64_t m0, int64_t d0, const float* block) {
+        state.ask(kAskedLinesOfBlock);
+        for (int64_t m = m0; m < std::min(m0 + kTileBlock, t.rows) && last; m++, block += P)
+          for (int64_t d = 0; d < P; d += lanes)
+            finish_gradient(p, t, g, m, d0 + d, load(block + d), load_part(t.source[m] + d0 + d, p.dim - d0 - d));
+      };
       return multiply_tiles(t.height, x.depth, cos.columns, tiles, x.rows_tiles.from(0, cos.first / kTileStep), g.sum,
-                            t.height, begun, [&](int64_t m0, int64_t d0, const float* block) {
-                              state.ask(kAskedLinesOfBlock);
-                              for (int64_t m = m0; m < std::min(m0 + kTileBlock, t.rows) && last; m++, block += P)
-                                for (int64_t d = 0; d < P; d += lanes)
-                                  finish_gradient(p, t, g, m, d0 + d, load(block + d),
-                                                  load_part(t.source[m] + d0 + d, p.dim - d0 - d));
-                            });
+                            t.height, begun, done, meanwhile(loading, t.height, x.depth, cos.columns, p.pieces));
+    }
   }
   for (int64_t d0 = 0; d0 < x.depth; d0 += P) {
     const T* w = t.panels + d0 * t.rows;
@@ -203,10 +204,10 @@ struct WeighBackward {
   }
 };
 
-// One tile, all rows of x of all calls. d_bias: of the only call, or null. sink: null if nobody wants dW.
+// The tiles [begin, end), all rows of x of all calls. d_bias: of the only call, or null. sink: null if nobody wants dW.
 template <class T, class Sink>
-void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition& cut, int64_t number, const Sink* sink,
-                   T* d_bias) {
+void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition& cut, int64_t begin, int64_t end,
+                   const Sink* sink, T* d_bias) {
   using S = Scratch;
   const Problem<T>& p = parts[0].p;  // of the weights, what any call says
   const TileUnit unit(p.pieces);
@@ -214,47 +215,66 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
   int64_t columns = 0;
   for (int64_t k = 0; k < count; k++) columns = std::max(columns, std::min(cut.block, parts[k].p.padded));
   const int64_t n = height * columns;
-  S scratch(tile_room(p, rows, depth) + S::room<T>(n) + S::room<T>(cut.block) + S::room<uint16_t>(n * p.pieces) +
-            S::room<T>(rows) + 2 * S::room<Vec<T>>(rows) + S::room<T>(height * depth) + S::room<T>(rows * p.dim));
-  Tile<T> tile = make_tile(p, rows, depth, scratch);
+  S scratch(TilePair<T>::room(p, rows, depth) + S::room<T>(n) + S::room<T>(cut.block) +
+            S::room<uint16_t>(n * p.pieces) + S::room<T>(rows) + 2 * S::room<Vec<T>>(rows) +
+            S::room<T>(height * depth) + S::room<T>(rows * p.dim));
+  TilePair<T> pair(p, rows, depth, scratch);
   Cosines<T> cos{scratch.take<T>(n), nullptr, scratch.take<T>(cut.block), 0, 0, 0};
   const Tiles tiles{scratch.take<uint16_t>(n * p.pieces), p.pieces, columns / kTileStep};
   TileGradient<T> g{nullptr, nullptr, scratch.take<T>(rows)};
   const TileSums<T> sums{scratch.take<Vec<T>>(rows), scratch.take<Vec<T>>(rows)};
   g.sum = scratch.take<T>(height * depth);
+  T* buffer = scratch.take<T>(rows * p.dim);
 
-  load_tile(p, number, cut.tile_classes, tile);
-  Ahead ahead = tile_ahead(p, number + 1, rows);
-  const int64_t first = tile.first_class * p.sub_centers;
-  Ahead state = sink ? sink->state(tile, first, p.dim) : Ahead();
-  if (sink) g.d_w = sink->place(first, p.dim, scratch.take<T>(rows * p.dim));
-  g.streams = sink && sink->streams(g.d_w, p.classes * p.sub_centers, p.dim);
-  std::fill_n(sums.along, tile.rows, Vec<T>{});
-  std::fill_n(sums.d_bias, tile.rows, Vec<T>{});
-  bool left = false;  // is there in tiles
-  for (int64_t k = 0; k < count; k++) {
-    const BackwardPart<T>& part = parts[k];
-    if (k) load_bias(part.p, tile);
-    if (p.pieces && !left && !all_kept(part.p, tile)) put_tile(false, tile, p.dim), left = true;
-    g.begun = k > 0;
-    g.last_call = k + 1 == count;
-    for (int64_t block = 0; block < part.p.padded; block += cut.block) {
-      compute_cosines<Kept::read>(part.p, part.x, tile, block, cut.block, cos);
-      part.weigh(part.p, part.in, tile, cos, tiles, sums, ahead);
-      for (int64_t r = 0; r < tile.rows; r++)
-        g.along[r] = has_slope(p, tile.inv[r]) ? lane_sum<T>(sums.along[r]) * tile.inv[r] : T(0);
-      if (sink) add_gradient(part.p, part.x, tile, cos, tiles, g, ahead, state);
+  Loading<T> loading;
+  const auto load = [&](int64_t number) {
+    Tile<T>& tile = pair[number];
+    loading = Loading<T>(p, number, cut.tile_classes, tile);
+    for (int64_t k = 0; k < count; k++)
+      if (!all_kept(parts[k].p, tile)) loading.want_left();
+  };
+  for (int64_t number = begin; number < end; number++) {
+    Tile<T>& tile = pair[number];
+    if (p.pieces) {
+      if (loading.number != number) load(number);
+      loading.finish();
+    } else {
+      load_tile(p, number, cut.tile_classes, tile);
     }
+    Ahead ahead = tile_ahead(p, number + 1, rows);
+    const int64_t first = tile.first_class * p.sub_centers;
+    Ahead state = sink ? sink->state(tile, first, p.dim) : Ahead();
+    if (sink) g.d_w = sink->place(first, p.dim, buffer);
+    g.streams = sink && sink->streams(g.d_w, p.classes * p.sub_centers, p.dim);
+    std::fill_n(sums.along, tile.rows, Vec<T>{});
+    std::fill_n(sums.d_bias, tile.rows, Vec<T>{});
+    for (int64_t k = 0; k < count; k++) {
+      const BackwardPart<T>& part = parts[k];
+      if (k) load_bias(part.p, tile);
+      g.begun = k > 0;
+      g.last_call = k + 1 == count;
+      for (int64_t block = 0; block < part.p.padded; block += cut.block) {
+        Nothing nothing;
+        compute_cosines<Kept::read>(part.p, part.x, tile, block, cut.block, cos, nothing);
+        part.weigh(part.p, part.in, tile, cos, tiles, sums, ahead);
+        for (int64_t r = 0; r < tile.rows; r++)
+          g.along[r] = has_slope(p, tile.inv[r]) ? lane_sum<T>(sums.along[r]) * tile.inv[r] : T(0);
+        if (!sink) continue;
+        const bool last = g.last_call && block + cos.columns == part.p.padded;
+        if (p.pieces && last && number + 1 < end) load(number + 1);  // this tile's left side is done with
+        add_gradient(part.p, part.x, tile, cos, tiles, g, ahead, state, loading);
+      }
+    }
+    for (int64_t j = 0; j < tile.classes && d_bias; j++) {
+      T& sum = d_bias[tile.first_class + j] = 0;  // no gradient where a sub-centre is not the maximum
+      for (int64_t r = j * p.sub_centers; r < (j + 1) * p.sub_centers; r++) sum += lane_sum<T>(sums.d_bias[r]);
+    }
+    if (!sink) continue;
+    if (!p.padded) std::fill_n(g.d_w, tile.rows * p.dim, T(0));
+    for (int64_t k = 0; k < count; k++) add_targets(parts[k].p, parts[k].in, tile, g.d_w);
+    sink->finish(tile, first, p.dim, g.d_w);
+    if (g.streams) end_streams();
   }
-  for (int64_t j = 0; j < tile.classes && d_bias; j++) {
-    T& sum = d_bias[tile.first_class + j] = 0;  // no gradient where a sub-centre is not the maximum
-    for (int64_t r = j * p.sub_centers; r < (j + 1) * p.sub_centers; r++) sum += lane_sum<T>(sums.d_bias[r]);
-  }
-  if (!sink) return;
-  if (!p.padded) std::fill_n(g.d_w, tile.rows * p.dim, T(0));
-  for (int64_t k = 0; k < count; k++) add_targets(parts[k].p, parts[k].in, tile, g.d_w);
-  sink->finish(tile, first, p.dim, g.d_w);
-  if (g.streams) end_streams();
 }
 
 // All tiles; calls with no rows are not among several.
@@ -262,10 +282,9 @@ template <class T, class Sink>
 void backward_tiles(const BackwardPart<T>* parts, int64_t count, const Sink* sink, T* d_bias,
                     const Parallel& parallel) {
   const Partition cut = partition(parts[0].p, kBackwardBlocking);
-  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(4, cut.tiles / 64));  // tiles a thread takes at once
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(16, cut.tiles / 64));  // tiles a thread takes at once
   parallel(div_up(cut.tiles, run), [&](int64_t n) {
-    for (int64_t number = n * run; number < std::min((n + 1) * run, cut.tiles); number++)
-      backward_task(parts, count, cut, number, sink, d_bias);
+    backward_task(parts, count, cut, n * run, std::min((n + 1) * run, cut.tiles), sink, d_bias);
   });
 }
 

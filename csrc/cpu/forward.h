@@ -155,11 +155,14 @@ Partial<T> partial_of(const Problem<T>& p, T* base, int64_t split) {
 // O += A^T w for one block; `add` is false where O holds nothing yet.
 template <class T>
 void add_share(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, const Weighted<T>& a,
-               const Share<T>& share, bool add, Ahead& ahead) {
+               const Share<T>& share, bool add, Ahead& ahead, Loading<T>& loading) {
   if constexpr (kTiled<T>) {
-    if (p.pieces)
-      return multiply_tiles(cos.columns, round_up(p.dim, kPad), t.height, a.tiles, t.right, share.at(cos.first, 0),
-                            p.padded, add, [](int64_t, int64_t, float*) {});
+    if (p.pieces) {
+      const int64_t M = cos.columns, N = round_up(p.dim, kPad), K = t.height;
+      return multiply_tiles(
+          M, N, K, a.tiles, t.right, share.at(cos.first, 0), p.padded, add, [](int64_t, int64_t, float*) {},
+          meanwhile(loading, M, N, K, p.pieces));
+    }
   }
   constexpr int64_t P = kPanel<T>;
   for (int64_t strip = 0; strip < share.strips; strip++)
@@ -194,9 +197,9 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
   using S = Scratch;
   const TileUnit unit(p.pieces);
   const int64_t height = cut.height, n = cut.block * height;
-  S scratch(tile_room(p, cut.tile_rows, x.depth) + S::room<T>(n) + S::room<T>(cut.block) +
+  S scratch(TilePair<T>::room(p, cut.tile_rows, x.depth) + S::room<T>(n) + S::room<T>(cut.block) +
             2 * S::room<uint16_t>(n * p.pieces) + S::room<T>(n) + S::room<RowSums<T>>(1));
-  Tile<T> tile = make_tile(p, cut.tile_rows, x.depth, scratch);
+  TilePair<T> tiles(p, cut.tile_rows, x.depth, scratch);
   Cosines<T> cos{scratch.take<T>(n), nullptr, scratch.take<T>(cut.block), 0, 0, 0};
   Weighted<T> a{cos.c, {}}, slope{nullptr, {}};
   if (p.pieces) {
@@ -214,17 +217,32 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
   for (const Share<T>& share : {out.o_red, out.o_sum})  // no class: nothing will be written
     for (int64_t strip = 0; begin == end && share.o && strip < share.strips; strip++)
       std::fill(share.at(first, strip), share.at(last, strip), T(0));
+  Loading<T> loading;
+  const auto load = [&](int64_t number) {
+    loading = Loading<T>(p, number, cut.tile_classes, tiles[number]);
+    loading.want_left();
+  };
   for (int64_t number = begin; number < end; number++) {
-    load_tile(p, number, cut.tile_classes, tile);
-    if (p.pieces) put_tile(p.want & kDx, tile, p.dim);
+    Tile<T>& tile = tiles[number];
+    if (p.pieces) {
+      if (loading.number != number) load(number);
+      loading.finish();
+    } else {
+      load_tile(p, number, cut.tile_classes, tile);
+    }
+    Turning<T> turning(p, tile, p.pieces && (p.want & kDx));
     Ahead ahead = tile_ahead(p, number + 1 < end ? number + 1 : cut.tiles, cut.tile_rows);
     for (int64_t block = first; block < last; block += cut.block) {
-      compute_cosines<Kept::write>(p, x, tile, block, std::min(cut.block, last - block), cos);
+      const int64_t columns = std::min(cut.block, last - block);
+      compute_cosines<Kept::write>(p, x, tile, block, columns, cos, turning);
+      turning.finish();
       const bool changed = weigh_forward<rule, extras>(p, tile, cos, s, cos.first - first, a, slope, ahead);
       if (!(p.want & kDx)) continue;
       if (changed && number > begin) scale_share(cos, s.factor + cos.first - first, out.o_red);
-      add_share(p, tile, cos, a, out.o_red, number > begin, ahead);
-      if (p.want & kSum) add_share(p, tile, cos, slope, out.o_sum, number > begin, ahead);
+      if (p.pieces && block + columns == last && number + 1 < end)
+        load(number + 1);  // this tile's left side is done with
+      add_share(p, tile, cos, a, out.o_red, number > begin, ahead, loading);
+      if (p.want & kSum) add_share(p, tile, cos, slope, out.o_sum, number > begin, ahead, loading);
     }
   }
   for (int64_t i = first; i < last; i++) {

@@ -13,7 +13,7 @@ inline int64_t multiply_repeatedly(int64_t pieces, int64_t repeats) {
     const Tiles a{operands.get(), pieces, K / kTileStep}, b = a.from(M / kTileSide, 0);
     const TileUnit unit(true);
     for (int64_t i = 0; i < repeats; i++)
-      multiply_tiles(M, N, K, a, b, c.get(), M, false, [](int64_t, int64_t, float*) {});
+      multiply_tiles(M, N, K, a, b, c.get(), M, false, [](int64_t, int64_t, float*) {}, [] {});
     return 2 * M * N * K;
   }
 #endif

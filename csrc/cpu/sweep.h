@@ -120,14 +120,14 @@ struct Tile {
 };
 
 template <class T>
-int64_t tile_room(const Problem<T>& p, int64_t rows, int64_t depth) {
+int64_t tile_rows_room(const Problem<T>& p, int64_t rows) {
   using S = Scratch;
-  return S::room<const T*>(rows) + S::room<T>(rows * p.dim) + 4 * S::room<T>(rows) +
-         S::room<T>(p.pieces ? 0 : rows * depth) + 2 * S::room<uint16_t>(round_up(rows, kPad) * depth * p.pieces);
+  return S::room<const T*>(rows) + S::room<T>(rows * p.dim) + 4 * S::room<T>(rows);
 }
 
+// A tile's memory but for its operands.
 template <class T>
-Tile<T> make_tile(const Problem<T>& p, int64_t rows, int64_t depth, Scratch& scratch) {
+Tile<T> make_tile_rows(const Problem<T>& p, int64_t rows, Scratch& scratch) {
   Tile<T> t{};
   t.source = scratch.take<const T*>(rows);
   t.copy = scratch.take<T>(rows * p.dim);
@@ -135,15 +135,35 @@ Tile<T> make_tile(const Problem<T>& p, int64_t rows, int64_t depth, Scratch& scr
   t.ones = scratch.take<T>(rows);
   t.label = scratch.take<T>(rows);
   t.bias = scratch.take<T>(rows);
-  t.panels = scratch.take<T>(p.pieces ? 0 : rows * depth);
-  const int64_t n = round_up(rows, kPad) * depth * p.pieces;
-  t.left = {scratch.take<uint16_t>(n), p.pieces, depth / kTileStep};
-  t.right = {scratch.take<uint16_t>(n), p.pieces, round_up(rows, kPad) / kTileStep};
   return t;
 }
 
+// The tiles of a task take turns: while one is worked on, the next one is made, in the same operands once they are free.
 template <class T>
-T inverse_norm(const T* row, int64_t dim) {
+struct TilePair {
+  static int64_t room(const Problem<T>& p, int64_t rows, int64_t depth) {
+    using S = Scratch;
+    return (p.pieces ? 2 : 1) * tile_rows_room(p, rows) + S::room<T>(p.pieces ? 0 : rows * depth) +
+           2 * S::room<uint16_t>(round_up(rows, kPad) * depth * p.pieces);
+  }
+
+  TilePair(const Problem<T>& p, int64_t rows, int64_t depth, Scratch& scratch) {
+    Tile<T>& t = tiles_[0] = make_tile_rows(p, rows, scratch);
+    tiles_[1] = p.pieces ? make_tile_rows(p, rows, scratch) : t;
+    t.panels = scratch.take<T>(p.pieces ? 0 : rows * depth);
+    const int64_t n = round_up(rows, kPad) * depth * p.pieces;
+    t.left = {scratch.take<uint16_t>(n), p.pieces, depth / kTileStep};
+    t.right = {scratch.take<uint16_t>(n), p.pieces, round_up(rows, kPad) / kTileStep};
+    tiles_[1].panels = t.panels, tiles_[1].left = t.left, tiles_[1].right = t.right;
+  }
+  Tile<T>& operator[](int64_t number) { return tiles_[number % 2]; }
+
+ private:
+  Tile<T> tiles_[2];
+};
+
+template <class T>
+double sum_of_squares(const T* row, int64_t dim) {
   Vec<T> sums[4] = {};
   int64_t d = 0;
   for (; d + 4 * kLanes<T> <= dim; d += 4 * kLanes<T>)
@@ -155,20 +175,7 @@ T inverse_norm(const T* row, int64_t dim) {
   for (int v = 0; v < 4; v++)
     for (int64_t l = 0; l < kLanes<T>; l++) sum += double(sums[v][l]);
   for (; d < dim; d++) sum += double(row[d]) * double(row[d]);
-  const double norm = std::sqrt(sum);
-  return T(1 / (norm < kEps ? kEps : norm));
-}
-
-// The tile's rows as a left operand, and as a right one, with zeros below.
-template <class T>
-void put_tile(bool with_right, const Tile<T>& t, int64_t dim) {
-  if constexpr (kTiled<T>) {
-    const Tiles right = with_right ? t.right : Tiles{};
-    const T* none = nullptr;
-    for (int64_t r = 0; r < t.rows; r += 2)
-      put_pair(t.left, right, r, t.source[r], r + 1 < t.rows ? t.source[r + 1] : nullptr, dim);
-    for (int64_t r = round_up(t.rows, 2); r < t.height && with_right; r += 2) put_rows_right(right, r, none, none, dim);
-  }
+  return sum;
 }
 
 constexpr int64_t kAskedLines = 2;  // for each row of a block of sums: as many as a core has on the way at one time
@@ -234,21 +241,141 @@ void load_bias(const Problem<T>& p, Tile<T>& t) {
   for (int64_t r = 0; r < t.rows; r++) t.bias[r] = p.bias ? p.bias[t.first_class + r / p.sub_centers] : T(0);
 }
 
+// The tile with this number: which rows it holds.
 template <class T>
-void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, Tile<T>& t) {
+void place_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, Tile<T>& t) {
   t.first_class = number * tile_classes;
   t.classes = std::min(tile_classes, p.classes - t.first_class);
   t.rows = t.classes * p.sub_centers;
   t.height = multiplied_rows(p, t.rows);
+}
+
+template <class T>
+const T* load_source(const Problem<T>& p, Tile<T>& t, int64_t r) {
+  t.ones[r] = 1;
+  t.label[r] = T(r / p.sub_centers);
+  return t.source[r] = row_of(p.w, t.first_class * p.sub_centers + r, p.dim, t.copy + r * p.dim);
+}
+
+template <class T>
+T inverse(double squares) {
+  const double norm = std::sqrt(squares);
+  return T(1 / (norm < kEps ? kEps : norm));
+}
+
+// The tile with this number, in panels.
+template <class T>
+void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, Tile<T>& t) {
+  place_tile(p, number, tile_classes, t);
   for (int64_t r = 0; r < t.rows; r++) {
-    t.source[r] = row_of(p.w, t.first_class * p.sub_centers + r, p.dim, t.copy + r * p.dim);
-    t.inv[r] = p.normalize_w ? inverse_norm(t.source[r], p.dim) : T(1);
-    t.ones[r] = 1;
-    t.label[r] = T(r / p.sub_centers);
-    if (!p.pieces) pack_row(t.source[r], p.dim, t.rows, t.panels + r * kPanel<T>);
+    const T* row = load_source(p, t, r);
+    t.inv[r] = p.normalize_w ? inverse<T>(sum_of_squares(row, p.dim)) : T(1);
+    pack_row(row, p.dim, t.rows, t.panels + r * kPanel<T>);
   }
   load_bias(p, t);
 }
+
+// Work that can go on while products run, some units of it at a time. Here there is none.
+struct Nothing {
+  int64_t units() const { return 0; }
+  FM_INLINE void advance(int64_t) {}
+};
+
+// Or in tiles: norms, and the left operand if it is wanted. A unit is a line of a tile.
+template <class T>
+class Loading {
+ public:
+  int64_t number = -1;  // of the tile; none yet
+
+  Loading() = default;
+  Loading(const Problem<T>& p, int64_t number, int64_t tile_classes, Tile<T>& t) : number(number), p_(&p), t_(&t) {
+    place_tile(p, number, tile_classes, t);
+    rows_ = t.rows;
+    width_ = round_up(p.dim, kPad);
+  }
+  void want_left() { left_ = t_->left; }
+  int64_t units() const { return rows_ * (width_ / kTileStep); }
+
+  FM_INLINE void advance(int64_t units) {
+    while (units > 0 && row_ < rows_) units -= advance_in_row(units);
+  }
+  void finish() {
+    advance(units());
+    load_bias(*p_, *t_);
+  }
+
+ private:
+  // The next units of the row, at most so many; how many they are.
+  FM_INLINE int64_t advance_in_row(int64_t most) {
+    if (column_ == 0) source_ = load_source(*p_, *t_, row_);
+    const int64_t first = column_, last = std::min(width_, first + most * kTileStep), dim = p_->dim;
+    if constexpr (kTiled<T>) {
+      const Tiles left = left_;
+      const T* source = source_;
+      Vec<T> low = low_, high = high_;
+      for (int64_t d = first; d < last; d += kTileStep) {
+        const Vec<T> v = load_part(source + d, dim - d), w = load_part(source + d + kTileSide, dim - d - kTileSide);
+        if (left.first) put_left(left, row_, d, v, w);
+        low += v * v;
+        high += w * w;
+      }
+      low_ = low, high_ = high;
+    }
+    column_ = last;
+    if (last == width_) end_row();
+    return (last - first) / kTileStep;
+  }
+  void end_row() {
+    double sum = 0;  // the norm's error is one of every cosine of the class: round once, at the end
+    for (int64_t l = 0; l < kLanes<T>; l++) sum += double(low_[l]) + double(high_[l]);
+    low_ = high_ = Vec<T>{};
+    t_->inv[row_] = p_->normalize_w ? inverse<T>(sum) : T(1);
+    column_ = 0;
+    row_++;
+  }
+
+  const Problem<T>* p_ = nullptr;
+  Tile<T>* t_ = nullptr;
+  Tiles left_;
+  const T* source_ = nullptr;
+  int64_t rows_ = 0, width_ = 0;
+  int64_t row_ = 0, column_ = 0;  // of the next unit
+  Vec<T> low_{}, high_{};         // sums of squares of the row
+};
+
+// The rows of a loaded tile as a right operand, with zeros below. A unit is a vector of two rows.
+template <class T>
+class Turning {
+ public:
+  Turning(const Problem<T>& p, const Tile<T>& t, bool wanted)
+      : t_(t), dim_(p.dim), width_(round_up(p.dim, kPad)), end_(wanted ? t.height : 0) {}
+  int64_t units() const { return end_ / 2 * (width_ / kLanes<T>); }
+
+  FM_INLINE void advance(int64_t units) {
+    while (units > 0 && row_ < end_) units -= advance_in_row(units);
+  }
+  void finish() { advance(units()); }
+
+ private:
+  FM_INLINE int64_t advance_in_row(int64_t most) {
+    const int64_t first = column_, last = std::min(width_, first + most * kLanes<T>), dim = dim_;
+    if constexpr (kTiled<T>) {
+      const Tiles right = t_.right;
+      const bool has_even = row_ < t_.rows, has_odd = row_ + 1 < t_.rows;
+      const T *even = has_even ? t_.source[row_] : nullptr, *odd = has_odd ? t_.source[row_ + 1] : nullptr;
+      for (int64_t d = first; d < last; d += kLanes<T>)
+        put_right(right, row_, d, has_even ? load_part(even + d, dim - d) : Vec<T>{},
+                  has_odd ? load_part(odd + d, dim - d) : Vec<T>{});
+    }
+    column_ = last;
+    if (last == width_) column_ = 0, row_ += 2;
+    return (last - first) / kLanes<T>;
+  }
+
+  const Tile<T>& t_;
+  const int64_t dim_, width_, end_;
+  int64_t row_ = 0, column_ = 0;  // of the next unit
+};
 
 // The cosines of one tile with one block of rows of x.
 template <class T>
@@ -310,24 +437,26 @@ bool all_kept(const Problem<T>& p, const Tile<T>& t) {
   return t.first_class * p.sub_centers + t.rows <= p.kept_rows;
 }
 
-template <class T>
-void multiply_rows_of_x(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, const Cosines<T>& out) {
+template <class T, class Work>
+void multiply_rows_of_x(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, const Cosines<T>& out,
+                        Work& work) {
   if constexpr (kTiled<T>) {
     if (p.pieces)
-      return multiply_tiles(t.height, out.columns, x.depth, t.left, x.columns_tiles.from(out.first / kTileSide, 0),
-                            out.c, t.height, false, [](int64_t, int64_t, float*) {});
+      return multiply_tiles(
+          t.height, out.columns, x.depth, t.left, x.columns_tiles.from(out.first / kTileSide, 0), out.c, t.height,
+          false, [](int64_t, int64_t, float*) {}, meanwhile(work, t.height, out.columns, x.depth, p.pieces));
   }
   multiply_panels(t.rows, out.columns, x.depth, t.panels, x.columns.get() + out.first * x.depth, out.c);
 }
 
-template <Kept direction, class T>
+template <Kept direction, class T, class Work>
 void compute_cosines(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, int64_t first, int64_t block,
-                     Cosines<T>& out) {
+                     Cosines<T>& out, Work& work) {
   out.first = first;
   out.height = t.height;
   const int64_t n = out.columns = std::min(block, p.padded - first);
   const bool known = direction == Kept::read && all_kept(p, t);
-  if (!known) multiply_rows_of_x(p, x, t, out);
+  if (!known) multiply_rows_of_x(p, x, t, out, work);
   if (known || direction == Kept::write) move_kept<direction>(p, t, out);
   for (int64_t i = 0; i < n; i++) {
     const int64_t target = p.target[first + i], j = target - t.first_class;

@@ -44,27 +44,53 @@ FM_INLINE Piece take_piece(Vec<float>& v) {
   return piece;
 }
 
-// Two rows of pieces, in pairs.
-FM_INLINE __m512i interleave(Piece even, Piece odd) {
-  return _mm512_or_si512(widen(even), _mm512_maskz_slli_epi32(0xffff, widen(odd), 16));
+// The next pieces of v and w, one after the other.
+FM_INLINE __m512i take_pieces(Vec<float>& v, Vec<float>& w) {
+  const auto pieces = (__m512i)_mm512_cvtne2ps_pbh((__m512)w, (__m512)v);
+  Piece halves[2];
+  __builtin_memcpy(halves, &pieces, sizeof halves);
+  v -= (Vec<float>)_mm512_maskz_slli_epi32(0xffff, widen(halves[0]), 16);
+  w -= (Vec<float>)_mm512_maskz_slli_epi32(0xffff, widen(halves[1]), 16);
+  return pieces;
+}
+
+// The first half with the second one, in pairs.
+FM_INLINE __m512i interleave(__m512i pieces) {
+  VecOf<float>::bits pairs;
+  for (uint32_t l = 0; l < 16; l++) pairs[l] = (16 + l) << 16 | l;
+  return _mm512_maskz_permutexvar_epi16(0xffffffff, (__m512i)pairs, pieces);
 }
 
 FM_INLINE void put(uint16_t* to, Piece piece) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), piece); }
-FM_INLINE void put(uint16_t* to, __m512i pairs) { _mm512_storeu_si512(to, pairs); }
+FM_INLINE void put(uint16_t* to, __m512i pieces) { _mm512_storeu_si512(to, pieces); }
+
+FM_INLINE uint16_t* left_line(const Tiles& out, int64_t m, int64_t k) {
+  return out.tile(m / kTileSide, k / kTileStep, 0) + m % kTileSide * kTileStep + k % kTileStep;
+}
 
 // Numbers (m, k) .. (m, k + 15) of a left operand.
 FM_INLINE void put_left(const Tiles& out, int64_t m, int64_t k, Vec<float> v) {
-  uint16_t* to = out.tile(m / kTileSide, k / kTileStep, 0) + m % kTileSide * kTileStep + k % kTileStep;
+  uint16_t* to = left_line(out, m, k);
   put(to, take_piece(v));
   if (out.pieces == 1) return;
   FM_UNROLL for (int64_t piece = 1; piece < kMostPieces; piece++) put(to + piece * kTileNumbers, take_piece(v));
 }
 
+// Numbers (m, k) .. (m, k + 31), a line of a tile.
+FM_INLINE void put_left(const Tiles& out, int64_t m, int64_t k, Vec<float> v, Vec<float> w) {
+  uint16_t* to = left_line(out, m, k);
+  put(to, take_pieces(v, w));
+  if (out.pieces == 1) return;
+  FM_UNROLL for (int64_t piece = 1; piece < kMostPieces; piece++) put(to + piece * kTileNumbers, take_pieces(v, w));
+}
+
 // Numbers (k, n) .. (k, n + 15) of a right operand, and those of the row k + 1 after an even k.
 FM_INLINE void put_right(const Tiles& out, int64_t k, int64_t n, Vec<float> even, Vec<float> odd) {
   uint16_t* to = out.tile(n / kTileSide, k / kTileStep, 0) + k % kTileStep * kTileSide;
-  for (int64_t piece = 0; piece < out.pieces; piece++)
-    put(to + piece * kTileNumbers, interleave(take_piece(even), take_piece(odd)));
+  put(to, interleave(take_pieces(even, odd)));
+  if (out.pieces == 1) return;
+  FM_UNROLL for (int64_t piece = 1; piece < kMostPieces; piece++)
+      put(to + piece * kTileNumbers, interleave(take_pieces(even, odd)));
 }
 
 // Up to 16 numbers, zeros for the rest.
@@ -75,35 +101,10 @@ FM_INLINE Vec<float> load_part(const float* p, int64_t count) {
   return v;
 }
 
-// Two neighbouring rows [dim] of a right operand, or one and zeros.
-void put_rows_right(const Tiles& out, int64_t k, const float* even, const float* odd, int64_t dim) {
+// Two neighbouring rows [dim] of a right operand.
+inline void put_rows_right(const Tiles& out, int64_t k, const float* even, const float* odd, int64_t dim) {
   for (int64_t n = 0; n < round_up(dim, kPad); n += kTileSide)
-    put_right(out, k, n, even ? load_part(even + n, dim - n) : Vec<float>{},
-              odd ? load_part(odd + n, dim - n) : Vec<float>{});
-}
-
-// Rows m and m + 1 [dim] of a left operand, and of a right one if there is one. `odd` may be null: zeros.
-inline void put_pair(const Tiles& left, const Tiles& right, int64_t m, const float* even, const float* odd,
-                     int64_t dim) {
-  for (int64_t k = 0; k < round_up(dim, kPad); k += kTileStep) {
-    uint16_t* to = left.tile(m / kTileSide, k / kTileStep, 0) + m % kTileSide * kTileStep;
-    Vec<float> row[2][2];
-    for (int64_t v = 0; v < 2; v++) {
-      const int64_t d = k + v * kTileSide;
-      row[0][v] = load_part(even + d, dim - d);
-      row[1][v] = odd ? load_part(odd + d, dim - d) : Vec<float>{};
-    }
-    for (int64_t piece = 0; piece < left.pieces; piece++)
-      for (int64_t v = 0; v < 2; v++) {
-        const Piece even_piece = take_piece(row[0][v]), odd_piece = take_piece(row[1][v]);
-        uint16_t* line = to + piece * kTileNumbers + v * kTileSide;
-        put(line, even_piece);
-        put(line + kTileStep, odd_piece);
-        if (right.first)
-          put(right.tile(k / kTileSide + v, m / kTileStep, piece) + m % kTileStep * kTileSide,
-              interleave(even_piece, odd_piece));
-      }
-  }
+    put_right(out, k, n, load_part(even + n, dim - n), load_part(odd + n, dim - n));
 }
 
 // Rows n .. n + 15 of a matrix [.., dim], transposed: columns of a right operand.
@@ -173,8 +174,9 @@ class TileUnit {
 };
 
 // c [32, 32] = or += two strips of left times two strips of right. Registers 0 to 3: c; 4, 5: left; 6, 7: right.
-template <int pieces>
-FM_INLINE void multiply_tile_block(const Tiles& left, const Tiles& right, int64_t steps, float* c, bool add) {
+template <int pieces, class Meanwhile>
+FM_INLINE void multiply_tile_block(const Tiles& left, const Tiles& right, int64_t steps, float* c, bool add,
+                                   Meanwhile& meanwhile) {
   constexpr int64_t line = kTileStep * sizeof(uint16_t), row = kTileBlock * sizeof(float);
   constexpr int64_t next = pieces * kTileNumbers;
   float* low = c + kTileSide * kTileBlock;
@@ -206,6 +208,7 @@ FM_INLINE void multiply_tile_block(const Tiles& left, const Tiles& right, int64_
       _tile_dpbf16ps(1, 4, 7);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
+      meanwhile();
     }
     a0 += next, a1 += next, b0 += next, b1 += next;
   }
@@ -219,9 +222,10 @@ FM_INLINE void multiply_tile_block(const Tiles& left, const Tiles& right, int64_
 
 FM_INLINE void see_memory() {}
 
-// The same, eight rows of c at a time in registers.
-template <int pieces>
-FM_INLINE void multiply_tile_block(const Tiles& left, const Tiles& right, int64_t steps, float* c, bool add) {
+// The same, eight rows of c at a time in registers. The unit for vectors has no time for anything else.
+template <int pieces, class Meanwhile>
+FM_INLINE void multiply_tile_block(const Tiles& left, const Tiles& right, int64_t steps, float* c, bool add,
+                                   Meanwhile&) {
   constexpr int rows = 8;
   for (int64_t m = 0; m < kTileBlock; m += rows) {
     __m512 sum[rows][2];
@@ -255,11 +259,17 @@ FM_INLINE void multiply_tile_block(const Tiles& left, const Tiles& right, int64_
 
 #endif
 
+// How often multiply_tiles calls meanwhile().
+inline int64_t calls_meanwhile(int64_t M, int64_t N, int64_t K, int64_t pieces) {
+  return M / kTileBlock * (N / kTileBlock) * (K / kTileStep) * (pieces == 1 ? kPairs<1> : kPairs<kMostPieces>);
+}
+
 // c [M, N] = or += left [M, K] right [K, N], M, N and K multiples of 32; panels of c have `rows` rows. done(m, n, block)
-// follows when the block of 32 x 32 from there on is complete.
-template <int pieces, class Done>
+// follows when the block of 32 x 32 from there on is complete. meanwhile() is called between products of tiles that have
+// a unit of their own: some tens of instructions there cost no time.
+template <int pieces, class Done, class Meanwhile>
 void multiply_pieces(int64_t M, int64_t N, int64_t K, const Tiles& left, const Tiles& right, float* c, int64_t rows,
-                     bool add, const Done& done) {
+                     bool add, const Done& done, Meanwhile& meanwhile) {
   const int64_t steps = K / kTileStep;
   see_memory();
   for (int64_t step = 0; step < steps; step += kDepthSteps<pieces>) {
@@ -268,20 +278,27 @@ void multiply_pieces(int64_t M, int64_t N, int64_t K, const Tiles& left, const T
       for (int64_t m = 0; m < M; m += kTileBlock) {
         float* block = c + n * rows + m * kTileBlock;
         multiply_tile_block<pieces>(left.from(m / kTileSide, step), right.from(n / kTileSide, step), depth, block,
-                                    add || step);
+                                    add || step, meanwhile);
         if (step + depth == steps) done(m, n, block);
       }
   }
   see_memory();
 }
 
-template <class Done>
+template <class Done, class Meanwhile>
 void multiply_tiles(int64_t M, int64_t N, int64_t K, const Tiles& left, const Tiles& right, float* c, int64_t rows,
-                    bool add, const Done& done) {
+                    bool add, const Done& done, Meanwhile&& meanwhile) {
   if (FM_TILES == 1 || left.pieces == 1)
-    multiply_pieces<1>(M, N, K, left, right, c, rows, add, done);
+    multiply_pieces<1>(M, N, K, left, right, c, rows, add, done, meanwhile);
   else
-    multiply_pieces<kMostPieces>(M, N, K, left, right, c, rows, add, done);
+    multiply_pieces<kMostPieces>(M, N, K, left, right, c, rows, add, done, meanwhile);
+}
+
+// Work that is done while a product runs, evenly over its length.
+template <class Work>
+auto meanwhile(Work& work, int64_t M, int64_t N, int64_t K, int64_t pieces) {
+  const int64_t pace = div_up(work.units(), std::max<int64_t>(1, calls_meanwhile(M, N, K, pieces)));
+  return [&work, pace] { work.advance(pace); };
 }
 
 #endif
