@@ -37,8 +37,8 @@ from .results import machine
 CASES = [Case(64, 1_000), Case(128, 100_000), Case(512, 100_000), Case(128, 1_000_000)]
 # The first pattern that is found in a sample's "library function" names its part.
 PARTS = [
-    ("products", r"multiply_|add_gradient|add_share"),
-    ("rows of w: reading, norms, packing", r"load_tile|pack_row|::put_|inverse_norm"),
+    ("products, and what is done while they run", r"multiply_|add_gradient|add_share|compute_cosines"),
+    ("rows of w: reading, norms, packing", r"load_tile|pack_row|::put_|sum_of_squares|Loading|Turning"),
     ("exponentials, rule, masks", r"forward_task|backward_task|weigh_"),
     ("page faults", r"\[k\]"),
     ("merging, dX, labels", r"_C\.abi3"),

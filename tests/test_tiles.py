@@ -45,7 +45,7 @@ def distance(got, exact) -> list[float]:
     return [float((a.double() - b).norm() / b.norm()) for a, b in zip(got, exact, strict=True)]
 
 
-@pytest.mark.parametrize("shape", [(128, 3000, 512), (70, 1001, 200)], ids=["512", "200"])
+@pytest.mark.parametrize("shape", [(128, 3000, 512), (70, 1001, 200), (300, 700, 1100)], ids=["512", "200", "1100"])
 def test_not_further_from_float64_than_float32_itself(amx, shape):
     """One of the six products left out would be 2^-16 of the whole, a hundred times the error of float32."""
     inputs = draw(*shape)

@@ -70,6 +70,37 @@ FM_INLINE void finish_gradient(const Problem<T>& p, const Tile<T>& t, const Tile
     __builtin_memcpy(out, &d_w, size_t(p.dim - d) * sizeof(T));
 }
 
+// The same for a block of 32 x 32 whose sum is complete, while those after it are summed. A unit is a row of the block.
+template <class T>
+class Finishing {
+ public:
+  Finishing(const Problem<T>& p, const Tile<T>& t, const TileGradient<T>& g) : p_(p), t_(t), g_(g) {}
+  int64_t units() const { return t_.height * (round_up(p_.dim, kPad) / kPad); }
+
+  void begin(int64_t m, int64_t d, const T* block) {
+    finish();
+    m_ = m, d_ = d, block_ = block;
+    end_ = std::min(m + kPad, t_.rows);
+  }
+  FM_INLINE void advance(int64_t units) {
+    if constexpr (kTiled<T>) {
+      for (; units > 0 && m_ < end_; units--, m_++, block_ += kPad)
+        for (int64_t v = 0; v < kPad; v += kLanes<T>) {
+          const int64_t d = d_ + v;
+          finish_gradient(p_, t_, g_, m_, d, load(block_ + v), load_part(t_.source[m_] + d, p_.dim - d));
+        }
+    }
+  }
+  void finish() { advance(kPad); }
+
+ private:
+  const Problem<T>& p_;
+  const Tile<T>& t_;
+  const TileGradient<T>& g_;
+  const T* block_ = nullptr;
+  int64_t m_ = 0, end_ = 0, d_ = 0;  // the next row of the block, the one behind its last, its first column
+};
+
 template <class T>
 void add_gradient(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, const Cosines<T>& cos,
                   const Tiles& tiles, const TileGradient<T>& g, Ahead& ahead, Ahead& state, Loading<T>& loading) {
@@ -77,14 +108,16 @@ void add_gradient(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t,
   constexpr int64_t P = kPanel<T>, lanes = kLanes<T>;
   if constexpr (kTiled<T>) {
     if (p.pieces) {
-      const auto done = [&](int64_t m0, int64_t d0, const float* block) {
+      const int64_t M = t.height, N = x.depth, K = cos.columns;
+      Finishing<T> finishing(p, t, g);
+      const auto done = [&](int64_t m, int64_t d, const float* block) {
         state.ask(kAskedLinesOfBlock);
-        for (int64_t m = m0; m < std::min(m0 + kTileBlock, t.rows) && last; m++, block += P)
-          for (int64_t d = 0; d < P; d += lanes)
-            finish_gradient(p, t, g, m, d0 + d, load(block + d), load_part(t.source[m] + d0 + d, p.dim - d0 - d));
+        if (last) finishing.begin(m, d, block);
       };
-      return multiply_tiles(t.height, x.depth, cos.columns, tiles, x.rows_tiles.from(0, cos.first / kTileStep), g.sum,
-                            t.height, begun, done, meanwhile(loading, t.height, x.depth, cos.columns, p.pieces));
+      const int64_t rows = pace(finishing, M, N, K, p.pieces), lines = pace(loading, M, N, K, p.pieces);
+      const auto meanwhile = [&] { finishing.advance(rows), loading.advance(lines); };
+      multiply_tiles(M, N, K, tiles, x.rows_tiles.from(0, cos.first / kTileStep), g.sum, M, begun, done, meanwhile);
+      return finishing.finish();
     }
   }
   for (int64_t d0 = 0; d0 < x.depth; d0 += P) {

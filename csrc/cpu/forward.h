@@ -158,10 +158,10 @@ void add_share(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, con
                const Share<T>& share, bool add, Ahead& ahead, Loading<T>& loading) {
   if constexpr (kTiled<T>) {
     if (p.pieces) {
-      const int64_t M = cos.columns, N = round_up(p.dim, kPad), K = t.height;
+      const int64_t M = cos.columns, N = round_up(p.dim, kPad), K = t.height, lines = pace(loading, M, N, K, p.pieces);
       return multiply_tiles(
           M, N, K, a.tiles, t.right, share.at(cos.first, 0), p.padded, add, [](int64_t, int64_t, float*) {},
-          meanwhile(loading, M, N, K, p.pieces));
+          [&] { loading.advance(lines); });
     }
   }
   constexpr int64_t P = kPanel<T>;

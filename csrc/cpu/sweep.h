@@ -441,10 +441,12 @@ template <class T, class Work>
 void multiply_rows_of_x(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, const Cosines<T>& out,
                         Work& work) {
   if constexpr (kTiled<T>) {
-    if (p.pieces)
+    if (p.pieces) {
+      const int64_t M = t.height, N = out.columns, units = pace(work, M, N, x.depth, p.pieces);
       return multiply_tiles(
-          t.height, out.columns, x.depth, t.left, x.columns_tiles.from(out.first / kTileSide, 0), out.c, t.height,
-          false, [](int64_t, int64_t, float*) {}, meanwhile(work, t.height, out.columns, x.depth, p.pieces));
+          M, N, x.depth, t.left, x.columns_tiles.from(out.first / kTileSide, 0), out.c, M, false,
+          [](int64_t, int64_t, float*) {}, [&] { work.advance(units); });
+    }
   }
   multiply_panels(t.rows, out.columns, x.depth, t.panels, x.columns.get() + out.first * x.depth, out.c);
 }

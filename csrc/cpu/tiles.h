@@ -294,11 +294,10 @@ void multiply_tiles(int64_t M, int64_t N, int64_t K, const Tiles& left, const Ti
     multiply_pieces<kMostPieces>(M, N, K, left, right, c, rows, add, done, meanwhile);
 }
 
-// Work that is done while a product runs, evenly over its length.
+// Units of work for each call, so that it ends with the product.
 template <class Work>
-auto meanwhile(Work& work, int64_t M, int64_t N, int64_t K, int64_t pieces) {
-  const int64_t pace = div_up(work.units(), std::max<int64_t>(1, calls_meanwhile(M, N, K, pieces)));
-  return [&work, pace] { work.advance(pace); };
+int64_t pace(const Work& work, int64_t M, int64_t N, int64_t K, int64_t pieces) {
+  return div_up(work.units(), std::max<int64_t>(1, calls_meanwhile(M, N, K, pieces)));
 }
 
 #endif
