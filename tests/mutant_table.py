@@ -151,7 +151,7 @@ MUTANTS = [
         ("kernel_curricular_slope", "T(2) * c + args[0], one", "c + args[0], one"),
         ("kernel_gauss_sign", "(c - tau) * (tau - c)", "(c - tau) * (c - tau)"),
     ),
-    *_in(  # the rows of Loading and Turning, Finishing and the next tile: where products have tiles
+    *_in(
         "csrc/cpu/sweep.h",
         ("kernel_label_off_by_one", "j >= 0 && j < t.classes ? T(j)", "j >= 0 && j < t.classes - 1 ? T(j)"),
         ("kernel_norm_of_a_part", "for (; d < dim; d++) sum += double(row[d]) * double(row[d]);", ""),
@@ -159,12 +159,13 @@ MUTANTS = [
         ("kernel_kept_rows_shifted", "there = p.kept + (cos.first + i)", "there = p.kept + i"),
         ("kernel_eps_dropped", "T(1 / (norm < kEps ? kEps : norm))", "T(1 / norm)"),
         ("kernel_lesser_centres_count", "excluded |= loser;", ""),
+        ("kernel_one_tile_for_two", "tiles_[number % 2];\n    loading_", "tiles_[0];\n    loading_"),
         ("kernel_norm_of_the_row_before", "low_ = high_ = Vec<T>{};", ""),
         ("kernel_rows_turned_in_part", "void finish() { advance(units()); }", "void finish() {}"),
         ("kernel_odd_row_lost", "row_ + 1 < t_.rows;", "row_ + 2 < t_.rows;"),
         ("kernel_softplus_slope", "slope = select(u < zero, e, one)", "slope = select(u < zero, one, e)"),
     ),
-    *_in(  # where the CPU has AMX, or products of bfloat16 for all but the first
+    *_in(  # where the CPU has AMX, or products of bfloat16 for the second and the third
         "csrc/cpu/tiles.h",
         ("kernel_product_of_pieces_lost", "pieces == 1 ? 1 : 6;", "pieces == 1 ? 1 : 5;"),
         ("kernel_depth_begins_anew", "add || step, meanwhile);", "add, meanwhile);"),
@@ -180,7 +181,7 @@ MUTANTS = [
         ("kernel_tile_lost", "(split + 1) / cut.splits", "(split + 1) / cut.splits - (split + 1 < cut.splits)"),
         ("kernel_exponent_rounded", "exponential(shifted + K * T(2.121944400546905e-4))", "exponential(shifted)"),
         ("kernel_bias_forgotten", "scale * n.value + t.bias[j]", "scale * n.value"),
-        ("kernel_next_tile_too_early", "block + columns == last && number + 1", "number + 1"),
+        ("kernel_next_tile_too_early", "if (block + columns == last) queue", "queue"),  # where the CPU has AMX
     ),
     *_in(
         "csrc/cpu/backward.h",
@@ -196,7 +197,8 @@ MUTANTS = [
         ("kernel_targets_of_one_call", "k < count; k++) add_targets", "k < 1; k++) add_targets"),
         ("kernel_last_block_unfinished", "      return finishing.finish();", "      return;"),
         ("kernel_block_unfinished", "    finish();\n    m_ = m", "    m_ = m"),
-        ("kernel_left_of_kept_tiles", "if (!all_kept(parts[k].p, tile)) loading", "if (false) loading"),
+        ("kernel_left_of_kept_tiles", "return !std::all_of(", "return std::all_of("),
+        ("kernel_next_gradient_too_early", "if (g.last_call && block + cos.columns == part.p.padded) queue", "queue"),
         ("kernel_ragged_dimension_lost", "else if (p.dim > d)", "else if (false)"),
     ),
     *_in(

@@ -1,8 +1,8 @@
 """Sizes around the kernel's tiles, blocks and vectors, on every instruction set that this CPU has.
 
 csrc/cpu/problem.h cuts classes by 48, 64 and 96 (a tile), 192 (a task) and 6,144 (all tasks), rows by 32, 128 and 512;
-csrc/cpu/product.h cuts what is summed by 256, and columns by 4 to 32 (a panel), csrc/cpu/tiles.h by 64 or 256, and rows
-and columns by 32; vectors hold 2 to 16 numbers. One number beyond each of these and one before must be right.
+csrc/cpu/product.h cuts what is summed by 256, and columns by 4 to 32 (a panel), csrc/cpu/tiles.h by 256 or 512, and
+rows and columns by 32; vectors hold 2 to 16 numbers. One number beyond each of these and one before must be right.
 """
 
 import contextlib

@@ -57,6 +57,33 @@ def test_not_further_from_float64_than_float32_itself(amx, shape):
     assert all(a < max(1.5 * b, 1e-7) for a, b in zip(mine, plain, strict=True)), (mine, plain)
 
 
+def test_tiles_of_a_long_sweep(amx):
+    """A task has several tiles, each begun beside the products of the one before it; some of the products are kept."""
+    inputs = draw(520, 33_000, 8)
+    exact = run(*(t.double() if t.is_floating_point() else t for t in inputs))
+    with cpu.capability("avx2"):
+        plain = distance(run(*inputs), exact)
+    mine = distance(run(*inputs), exact)
+    assert 0 < cpu.kept_rows(520, 8, 33_000, 4) < 33_000
+    assert all(a < max(1.5 * b, 1e-7) for a, b in zip(mine, plain, strict=True)), (mine, plain)
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_a_step_moves_rows_while_the_next_ones_are_read(amx, passes):
+    inputs = [draw(40, 33_000, 8, seed) for seed in range(passes)]
+    weights = []
+    for optimizer in (fm.optim.SweepSGD, torch.optim.SGD):
+        w = inputs[0][1].clone().requires_grad_()
+        made = optimizer([w], lr=0.5, momentum=0.9)
+        for _ in range(2):
+            for x, _, labels in inputs:
+                fm.functional.margin_cross_entropy(x, w, labels, MARGIN).backward()
+            made.step()
+            made.zero_grad()
+        weights.append(w.detach())
+    torch.testing.assert_close(*weights, rtol=1e-5, atol=1e-6)
+
+
 def test_rows_of_any_size(amx):
     """The pieces are relative to their number: rows from 1e-9 to 1e18 have the cosines of those between."""
     x, w, labels = draw(40, 300, 64)

@@ -13,7 +13,7 @@ template <RuleCode rule, bool extras, class T>
 void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t, const Cosines<T>& cos,
                     const Tiles& tiles, const TileSums<T>& sums, Ahead& ahead) {
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t asked = asked_lines_of_vector(p);
+  const int64_t asked = asked_lines_of_vector(p, p.padded);
   const bool soft = p.reduction == Reduction::softplus;
   const Vec<T> zero{};
   for (int64_t i = 0; i < cos.columns; i += lanes) {
@@ -248,10 +248,13 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
   int64_t columns = 0;
   for (int64_t k = 0; k < count; k++) columns = std::max(columns, std::min(cut.block, parts[k].p.padded));
   const int64_t n = height * columns;
-  S scratch(TilePair<T>::room(p, rows, depth) + S::room<T>(n) + S::room<T>(cut.block) +
-            S::room<uint16_t>(n * p.pieces) + S::room<T>(rows) + 2 * S::room<Vec<T>>(rows) +
-            S::room<T>(height * depth) + S::room<T>(rows * p.dim));
-  TilePair<T> pair(p, rows, depth, scratch);
+  const auto made_again = [&](const Tile<T>& t) {
+    return !std::all_of(parts, parts + count, [&](const BackwardPart<T>& part) { return all_kept(part.p, t); });
+  };
+  using Queue = TileQueue<T, decltype(made_again)>;
+  S scratch(Queue::room(p, rows, depth) + S::room<T>(n) + S::room<T>(cut.block) + S::room<uint16_t>(n * p.pieces) +
+            S::room<T>(rows) + 2 * S::room<Vec<T>>(rows) + S::room<T>(height * depth) + S::room<T>(rows * p.dim));
+  Queue queue(p, cut, depth, end, scratch, made_again);
   Cosines<T> cos{scratch.take<T>(n), nullptr, scratch.take<T>(cut.block), 0, 0, 0};
   const Tiles tiles{scratch.take<uint16_t>(n * p.pieces), p.pieces, columns / kTileStep};
   TileGradient<T> g{nullptr, nullptr, scratch.take<T>(rows)};
@@ -259,22 +262,9 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
   g.sum = scratch.take<T>(height * depth);
   T* buffer = scratch.take<T>(rows * p.dim);
 
-  Loading<T> loading;
-  const auto load = [&](int64_t number) {
-    Tile<T>& tile = pair[number];
-    loading = Loading<T>(p, number, cut.tile_classes, tile);
-    for (int64_t k = 0; k < count; k++)
-      if (!all_kept(parts[k].p, tile)) loading.want_left();
-  };
   for (int64_t number = begin; number < end; number++) {
-    Tile<T>& tile = pair[number];
-    if (p.pieces) {
-      if (loading.number != number) load(number);
-      loading.finish();
-    } else {
-      load_tile(p, number, cut.tile_classes, tile);
-    }
-    Ahead ahead = tile_ahead(p, number + 1, rows);
+    Tile<T>& tile = queue.take(number);
+    Ahead ahead = tile_ahead(p, number + 1 < end ? number + 1 : cut.tiles, rows);
     const int64_t first = tile.first_class * p.sub_centers;
     Ahead state = sink ? sink->state(tile, first, p.dim) : Ahead();
     if (sink) g.d_w = sink->place(first, p.dim, buffer);
@@ -293,9 +283,8 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
         for (int64_t r = 0; r < tile.rows; r++)
           g.along[r] = has_slope(p, tile.inv[r]) ? lane_sum<T>(sums.along[r]) * tile.inv[r] : T(0);
         if (!sink) continue;
-        const bool last = g.last_call && block + cos.columns == part.p.padded;
-        if (p.pieces && last && number + 1 < end) load(number + 1);  // this tile's left side is done with
-        add_gradient(part.p, part.x, tile, cos, tiles, g, ahead, state, loading);
+        if (g.last_call && block + cos.columns == part.p.padded) queue.start(number + 1);
+        add_gradient(part.p, part.x, tile, cos, tiles, g, ahead, state, queue.loading());
       }
     }
     for (int64_t j = 0; j < tile.classes && d_bias; j++) {
@@ -315,7 +304,7 @@ template <class T, class Sink>
 void backward_tiles(const BackwardPart<T>* parts, int64_t count, const Sink* sink, T* d_bias,
                     const Parallel& parallel) {
   const Partition cut = partition(parts[0].p, kBackwardBlocking);
-  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(16, cut.tiles / 64));  // tiles a thread takes at once
+  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(16, cut.tiles / 256));  // tiles a thread takes at once
   parallel(div_up(cut.tiles, run), [&](int64_t n) {
     backward_task(parts, count, cut, n * run, std::min((n + 1) * run, cut.tiles), sink, d_bias);
   });

@@ -54,7 +54,7 @@ template <RuleCode rule, bool extras, class T>
 bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, RowSums<T>& s, int64_t s_first,
                    const Weighted<T>& a_out, const Weighted<T>& slope_out, Ahead& ahead) {
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t asked = asked_lines_of_vector(p);
+  const int64_t asked = asked_lines_of_vector(p, std::min(p.padded, kRowGroup));
   const bool soft = p.reduction == Reduction::softplus;
   const Vec<T> zero{};
   bool changed = false;
@@ -197,9 +197,10 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
   using S = Scratch;
   const TileUnit unit(p.pieces);
   const int64_t height = cut.height, n = cut.block * height;
-  S scratch(TilePair<T>::room(p, cut.tile_rows, x.depth) + S::room<T>(n) + S::room<T>(cut.block) +
+  const auto always = [](const Tile<T>&) { return true; };
+  using Queue = TileQueue<T, decltype(always)>;
+  S scratch(Queue::room(p, cut.tile_rows, x.depth) + S::room<T>(n) + S::room<T>(cut.block) +
             2 * S::room<uint16_t>(n * p.pieces) + S::room<T>(n) + S::room<RowSums<T>>(1));
-  TilePair<T> tiles(p, cut.tile_rows, x.depth, scratch);
   Cosines<T> cos{scratch.take<T>(n), nullptr, scratch.take<T>(cut.block), 0, 0, 0};
   Weighted<T> a{cos.c, {}}, slope{nullptr, {}};
   if (p.pieces) {
@@ -214,22 +215,12 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
 
   const int64_t begin = cut.tiles * split / cut.splits, end = cut.tiles * (split + 1) / cut.splits;
   const int64_t first = group * kRowGroup, last = std::min(first + kRowGroup, p.padded);
+  Queue queue(p, cut, x.depth, end, scratch, always);
   for (const Share<T>& share : {out.o_red, out.o_sum})  // no class: nothing will be written
     for (int64_t strip = 0; begin == end && share.o && strip < share.strips; strip++)
       std::fill(share.at(first, strip), share.at(last, strip), T(0));
-  Loading<T> loading;
-  const auto load = [&](int64_t number) {
-    loading = Loading<T>(p, number, cut.tile_classes, tiles[number]);
-    loading.want_left();
-  };
   for (int64_t number = begin; number < end; number++) {
-    Tile<T>& tile = tiles[number];
-    if (p.pieces) {
-      if (loading.number != number) load(number);
-      loading.finish();
-    } else {
-      load_tile(p, number, cut.tile_classes, tile);
-    }
+    const Tile<T>& tile = queue.take(number);
     Turning<T> turning(p, tile, p.pieces && (p.want & kDx));
     Ahead ahead = tile_ahead(p, number + 1 < end ? number + 1 : cut.tiles, cut.tile_rows);
     for (int64_t block = first; block < last; block += cut.block) {
@@ -239,10 +230,9 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
       const bool changed = weigh_forward<rule, extras>(p, tile, cos, s, cos.first - first, a, slope, ahead);
       if (!(p.want & kDx)) continue;
       if (changed && number > begin) scale_share(cos, s.factor + cos.first - first, out.o_red);
-      if (p.pieces && block + columns == last && number + 1 < end)
-        load(number + 1);  // this tile's left side is done with
-      add_share(p, tile, cos, a, out.o_red, number > begin, ahead, loading);
-      if (p.want & kSum) add_share(p, tile, cos, slope, out.o_sum, number > begin, ahead, loading);
+      if (block + columns == last) queue.start(number + 1);
+      add_share(p, tile, cos, a, out.o_red, number > begin, ahead, queue.loading());
+      if (p.want & kSum) add_share(p, tile, cos, slope, out.o_sum, number > begin, ahead, queue.loading());
     }
   }
   for (int64_t i = first; i < last; i++) {

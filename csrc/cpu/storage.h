@@ -75,6 +75,8 @@ inline void visit(Storage s, F f) {
 
 }  // namespace storage
 
+inline int64_t size_of(Storage s) { return s == Storage::f64 ? 8 : s == Storage::f32 ? 4 : 2; }
+
 inline int64_t row_number(const Weights& w, int64_t r) { return w.index ? w.index[r] : r; }
 
 // Row r of w (of the subset, if there is one) as T.

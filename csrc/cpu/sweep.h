@@ -125,7 +125,7 @@ int64_t tile_rows_room(const Problem<T>& p, int64_t rows) {
   return S::room<const T*>(rows) + S::room<T>(rows * p.dim) + 4 * S::room<T>(rows);
 }
 
-// A tile's memory but for its operands.
+// A tile without operands.
 template <class T>
 Tile<T> make_tile_rows(const Problem<T>& p, int64_t rows, Scratch& scratch) {
   Tile<T> t{};
@@ -138,30 +138,6 @@ Tile<T> make_tile_rows(const Problem<T>& p, int64_t rows, Scratch& scratch) {
   return t;
 }
 
-// The tiles of a task take turns: while one is worked on, the next one is made, in the same operands once they are free.
-template <class T>
-struct TilePair {
-  static int64_t room(const Problem<T>& p, int64_t rows, int64_t depth) {
-    using S = Scratch;
-    return (p.pieces ? 2 : 1) * tile_rows_room(p, rows) + S::room<T>(p.pieces ? 0 : rows * depth) +
-           2 * S::room<uint16_t>(round_up(rows, kPad) * depth * p.pieces);
-  }
-
-  TilePair(const Problem<T>& p, int64_t rows, int64_t depth, Scratch& scratch) {
-    Tile<T>& t = tiles_[0] = make_tile_rows(p, rows, scratch);
-    tiles_[1] = p.pieces ? make_tile_rows(p, rows, scratch) : t;
-    t.panels = scratch.take<T>(p.pieces ? 0 : rows * depth);
-    const int64_t n = round_up(rows, kPad) * depth * p.pieces;
-    t.left = {scratch.take<uint16_t>(n), p.pieces, depth / kTileStep};
-    t.right = {scratch.take<uint16_t>(n), p.pieces, round_up(rows, kPad) / kTileStep};
-    tiles_[1].panels = t.panels, tiles_[1].left = t.left, tiles_[1].right = t.right;
-  }
-  Tile<T>& operator[](int64_t number) { return tiles_[number % 2]; }
-
- private:
-  Tile<T> tiles_[2];
-};
-
 template <class T>
 double sum_of_squares(const T* row, int64_t dim) {
   Vec<T> sums[4] = {};
@@ -171,7 +147,7 @@ double sum_of_squares(const T* row, int64_t dim) {
       const Vec<T> a = load(row + d + v * kLanes<T>);
       sums[v] += a * a;
     }
-  double sum = 0;  // the norm's error is one of every cosine of the class: round once, at the end
+  double sum = 0;  // the norm's error is one of every cosine of the class
   for (int v = 0; v < 4; v++)
     for (int64_t l = 0; l < kLanes<T>; l++) sum += double(sums[v][l]);
   for (; d < dim; d++) sum += double(row[d]) * double(row[d]);
@@ -190,9 +166,8 @@ class Ahead {
 
   // Rows [first, last) of w, where they can be read in place.
   Ahead(const Weights& w, int64_t dim, int64_t first, int64_t last) {
-    if (w.col_stride != 1) return;
-    const int64_t size = w.storage == Storage::f64 ? 8 : w.storage == Storage::f32 ? 4 : 2;
-    *this = Ahead(w.data, w.row_stride * size, dim * size, w.index, first, last);
+    const int64_t size = size_of(w.storage);
+    if (w.col_stride == 1) *this = Ahead(w.data, w.row_stride * size, dim * size, w.index, first, last);
   }
 
   // Of a matrix whose rows lie `step` bytes apart and have `bytes` each; row r is index[r], if there is one.
@@ -222,11 +197,11 @@ class Ahead {
   int64_t step_ = 0, bytes_ = 0, row_ = 0, end_ = 0;
 };
 
-// Lines to ask for with each vector of cosines, so that the last one asks for the last line of the next tile.
+// Lines to ask for with each vector of cosines of a tile with so many rows of x, to be through with as many rows of w.
 template <class T>
-int64_t asked_lines_of_vector(const Problem<T>& p) {
-  const int64_t lines = div_up(p.dim * int64_t(sizeof(T)), 64), vectors = p.padded / kLanes<T>;  // of a row of w
-  return std::min(kMostAskedLinesOfVector, div_up(lines, std::max<int64_t>(vectors, 1)));
+int64_t asked_lines_of_vector(const Problem<T>& p, int64_t rows_of_x) {
+  const int64_t lines = div_up(p.dim * size_of(p.w.storage), 64);  // of a row of w
+  return std::min(kMostAskedLinesOfVector, div_up(lines, std::max<int64_t>(1, rows_of_x / kLanes<T>)));
 }
 
 // The rows of w of the tile with this number, of tiles of so many rows.
@@ -279,21 +254,21 @@ void load_tile(const Problem<T>& p, int64_t number, int64_t tile_classes, Tile<T
 struct Nothing {
   int64_t units() const { return 0; }
   FM_INLINE void advance(int64_t) {}
+  void finish() {}
 };
 
-// Or in tiles: norms, and the left operand if it is wanted. A unit is a line of a tile.
+// A tile in tiles: norms, and the left operand if it is wanted. A unit is a line of a tile.
 template <class T>
 class Loading {
  public:
-  int64_t number = -1;  // of the tile; none yet
-
   Loading() = default;
-  Loading(const Problem<T>& p, int64_t number, int64_t tile_classes, Tile<T>& t) : number(number), p_(&p), t_(&t) {
+  Loading(const Problem<T>& p, int64_t number, int64_t tile_classes, Tile<T>& t) : p_(&p), t_(&t), number_(number) {
     place_tile(p, number, tile_classes, t);
     rows_ = t.rows;
     width_ = round_up(p.dim, kPad);
   }
   void want_left() { left_ = t_->left; }
+  int64_t number() const { return number_; }
   int64_t units() const { return rows_ * (width_ / kTileStep); }
 
   FM_INLINE void advance(int64_t units) {
@@ -326,7 +301,7 @@ class Loading {
     return (last - first) / kTileStep;
   }
   void end_row() {
-    double sum = 0;  // the norm's error is one of every cosine of the class: round once, at the end
+    double sum = 0;
     for (int64_t l = 0; l < kLanes<T>; l++) sum += double(low_[l]) + double(high_[l]);
     low_ = high_ = Vec<T>{};
     t_->inv[row_] = p_->normalize_w ? inverse<T>(sum) : T(1);
@@ -336,6 +311,7 @@ class Loading {
 
   const Problem<T>* p_ = nullptr;
   Tile<T>* t_ = nullptr;
+  int64_t number_ = -1;  // of the tile; none yet
   Tiles left_;
   const T* source_ = nullptr;
   int64_t rows_ = 0, width_ = 0;
@@ -375,6 +351,57 @@ class Turning {
   const Tile<T>& t_;
   const int64_t dim_, width_, end_;
   int64_t row_ = 0, column_ = 0;  // of the next unit
+};
+
+// The tiles of a task, one after the other. Those in tiles have the same operands: the next one is made, while products
+// with the one before run, as soon as they are free. want_left(tile) says whether the left one is needed.
+template <class T, class WantLeft>
+class TileQueue {
+ public:
+  TileQueue(const Problem<T>& p, const Partition& cut, int64_t depth, int64_t end, Scratch& scratch, WantLeft want_left)
+      : p_(p), tile_classes_(cut.tile_classes), end_(end), want_left_(want_left) {
+    const int64_t rows = cut.tile_rows, height = round_up(rows, kPad), n = height * depth * p.pieces;
+    T* panels = scratch.take<T>(p.pieces ? 0 : rows * depth);
+    const Tiles left{scratch.take<uint16_t>(n), p.pieces, depth / kTileStep};
+    const Tiles right{scratch.take<uint16_t>(n), p.pieces, height / kTileStep};
+    for (Tile<T>& t : tiles_) {
+      t = make_tile_rows(p, rows, scratch);
+      t.panels = panels, t.left = left, t.right = right;
+    }
+  }
+  static int64_t room(const Problem<T>& p, int64_t rows, int64_t depth) {
+    using S = Scratch;
+    return 2 * tile_rows_room(p, rows) + S::room<T>(p.pieces ? 0 : rows * depth) +
+           2 * S::room<uint16_t>(round_up(rows, kPad) * depth * p.pieces);
+  }
+
+  // The tile with this number, ready to be worked with.
+  Tile<T>& take(int64_t number) {
+    Tile<T>& t = tiles_[number % 2];
+    if (!p_.pieces) {
+      load_tile(p_, number, tile_classes_, t);
+      return t;
+    }
+    if (loading_.number() != number) start(number);
+    loading_.finish();
+    return t;
+  }
+
+  // The left operand is free for the tile with this number, if the task has one.
+  void start(int64_t number) {
+    if (!p_.pieces || number >= end_) return;
+    Tile<T>& t = tiles_[number % 2];
+    loading_ = Loading<T>(p_, number, tile_classes_, t);
+    if (want_left_(t)) loading_.want_left();
+  }
+  Loading<T>& loading() { return loading_; }
+
+ private:
+  const Problem<T>& p_;
+  const int64_t tile_classes_, end_;
+  const WantLeft want_left_;
+  Tile<T> tiles_[2];
+  Loading<T> loading_;
 };
 
 // The cosines of one tile with one block of rows of x.

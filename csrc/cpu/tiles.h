@@ -108,7 +108,7 @@ inline void put_rows_right(const Tiles& out, int64_t k, const float* even, const
 }
 
 // Rows n .. n + 15 of a matrix [.., dim], transposed: columns of a right operand.
-void put_columns_right(const Tiles& out, int64_t n, const float* rows, int64_t dim) {
+inline void put_columns_right(const Tiles& out, int64_t n, const float* rows, int64_t dim) {
   using Bits = VecOf<float>::bits;
   for (int64_t k = 0; k < round_up(dim, kPad); k += kTileStep) {
     Bits pairs[kMostPieces][kTileSide];
@@ -133,9 +133,9 @@ template <int pieces>
 constexpr int kPairs = pieces == 1 ? 1 : 6;
 constexpr int kLeftPiece[] = {1, 1, 2, 0, 0, 0}, kRightPiece[] = {1, 0, 0, 0, 1, 2};
 
-// How far a block of sums goes along the sum at one time, in steps. Shorter, two strips of one operand stay in the L1 cache
-// while those of the other one pass: that is worth it for one piece. For three, sums that come and go cost more than strips
-// from the L2 cache: with 2 steps 288 GFLOP/s, with 16 steps 371, of 390 where nothing is loaded at all.
+// How far a block of sums goes along the sum at one time, in steps. Short ways leave two strips of one operand in the L1
+// cache while those of the other one pass: worth it for one piece. For three, sums that come and go cost more than strips
+// from the L2 cache (288 GFLOP/s with 2 steps, 371 with 16, 390 where nothing is loaded at all, side by side).
 template <int pieces>
 constexpr int64_t kDepthSteps = pieces == 1 ? 8 : 16;
 
@@ -265,8 +265,8 @@ inline int64_t calls_meanwhile(int64_t M, int64_t N, int64_t K, int64_t pieces) 
 }
 
 // c [M, N] = or += left [M, K] right [K, N], M, N and K multiples of 32; panels of c have `rows` rows. done(m, n, block)
-// follows when the block of 32 x 32 from there on is complete. meanwhile() is called between products of tiles that have
-// a unit of their own: some tens of instructions there cost no time.
+// follows when the block of 32 x 32 from there on is complete. Where products of tiles have a unit of their own,
+// meanwhile() is called between them: some tens of instructions there cost no time.
 template <int pieces, class Done, class Meanwhile>
 void multiply_pieces(int64_t M, int64_t N, int64_t K, const Tiles& left, const Tiles& right, float* c, int64_t rows,
                      bool add, const Done& done, Meanwhile& meanwhile) {

@@ -125,9 +125,13 @@ _PAD = 32  # rows of x are padded to a multiple of this (kPad in csrc/cpu/proble
 _COPIES = 3  # of the memory of x: what the layouts for products with x take in a backward, at most
 
 
+def _padded(batch: int) -> int:
+    return -(-batch // _PAD) * _PAD
+
+
 def kept_rows(batch: int, dim: int, rows: int, itemsize: int) -> int:
     """Of so many rows of w, those whose products are kept: as many as KEPT_BYTES leave room for."""
-    padded = -(-batch // _PAD) * _PAD
+    padded = _padded(batch)
     room = KEPT_BYTES // itemsize - _COPIES * padded * dim  # numbers
     return min(rows, max(0, room) // max(padded, 1))
 
@@ -138,7 +142,7 @@ def kept_size(x: Tensor, w: Tensor, index: Tensor | None, spec: Spec) -> int:
         return 0
     batch, dim = x.shape
     rows = (w if index is None else index).shape[0]
-    return -(-batch // _PAD) * _PAD * kept_rows(batch, dim, rows, acc_dtype(x).itemsize)
+    return _padded(batch) * kept_rows(batch, dim, rows, acc_dtype(x).itemsize)
 
 
 def path() -> str:

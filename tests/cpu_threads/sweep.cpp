@@ -28,7 +28,7 @@ Parallel on_threads(int count) {
 }
 
 struct Sweep {
-  static constexpr int64_t batch = 70, dim = 48, classes = 3000;
+  static constexpr int64_t batch = 70, dim = 48, classes = 33000;
   std::vector<float> x, w, scale, tau, args{1.2f, 0.2f}, x_hat, inv, cos_y;
   std::vector<int64_t> target, target_row, by_target;
   Problem<float> p{};
