@@ -24,6 +24,7 @@ ROOT = Path(__file__).parent.parent
 # The quickest to fail first; compiling with inductor, other processes and the tests of this tool find nothing more.
 TESTS = [
     "kept",
+    "tiles",
     "margins",
     "forms",
     "rows",
@@ -43,7 +44,6 @@ TESTS = [
     "no_sync",
     "edges",
     "chunks",
-    "tiles",
     "invariants",
     "functional",
     "promises",

@@ -175,8 +175,8 @@ void add_targets(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t,
   }
 }
 
-// From here on a gradient is written past the cache. At 205 MB that saves a fourth of a backward in bfloat16 (44 to 32 ms
-// at 128 x 100,000 with AMX); a small one is better left where the optimizer will look for it.
+// From here on a gradient is written past the cache. At 205 MB that saves a fourth of a backward in bfloat16 (44 to 32
+// ms at 128 x 100,000 with AMX); a small one is better left where the optimizer will look for it.
 constexpr int64_t kStreamedBytes = int64_t(1) << 26;
 
 // What a task does with the rows of a tile once their gradient is finished: here it is the result.

@@ -133,9 +133,9 @@ template <int pieces>
 constexpr int kPairs = pieces == 1 ? 1 : 6;
 constexpr int kLeftPiece[] = {1, 1, 2, 0, 0, 0}, kRightPiece[] = {1, 0, 0, 0, 1, 2};
 
-// How far a block of sums goes along the sum at one time, in steps. Short ways leave two strips of one operand in the L1
-// cache while those of the other one pass: worth it for one piece. For three, sums that come and go cost more than strips
-// from the L2 cache (288 GFLOP/s with 2 steps, 371 with 16, 390 where nothing is loaded at all, side by side).
+// How far a block of sums goes along the sum at one time, in steps. Short ways leave two strips of one operand in the
+// L1 cache while those of the other one pass: worth it for one piece. For three, sums that come and go cost more than
+// strips from the L2 cache (288 GFLOP/s with 2 steps, 371 with 16, 390 where nothing is loaded, side by side).
 template <int pieces>
 constexpr int64_t kDepthSteps = pieces == 1 ? 8 : 16;
 
@@ -264,9 +264,9 @@ inline int64_t calls_meanwhile(int64_t M, int64_t N, int64_t K, int64_t pieces) 
   return M / kTileBlock * (N / kTileBlock) * (K / kTileStep) * (pieces == 1 ? kPairs<1> : kPairs<kMostPieces>);
 }
 
-// c [M, N] = or += left [M, K] right [K, N], M, N and K multiples of 32; panels of c have `rows` rows. done(m, n, block)
-// follows when the block of 32 x 32 from there on is complete. Where products of tiles have a unit of their own,
-// meanwhile() is called between them: some tens of instructions there cost no time.
+// c [M, N] = or += left [M, K] right [K, N], M, N and K multiples of 32; panels of c have `rows` rows.
+// done(m, n, block) follows when the block of 32 x 32 from there on is complete. Where products of tiles have a unit of
+// their own, meanwhile() is called between them: some tens of instructions there cost no time.
 template <int pieces, class Done, class Meanwhile>
 void multiply_pieces(int64_t M, int64_t N, int64_t K, const Tiles& left, const Tiles& right, float* c, int64_t rows,
                      bool add, const Done& done, Meanwhile& meanwhile) {
