@@ -154,16 +154,19 @@ MUTANTS = [
     *_in(
         "csrc/cpu/sweep.h",
         ("kernel_label_off_by_one", "j >= 0 && j < t.classes ? T(j)", "j >= 0 && j < t.classes - 1 ? T(j)"),
-        ("kernel_norm_of_a_part", "for (; d < dim; d++) sum += double(row[d]) * double(row[d]);", ""),
         ("kernel_kept_tile_cut", "* p.sub_centers + t.rows <= p.kept_rows", "* p.sub_centers < p.kept_rows"),
         ("kernel_kept_rows_shifted", "there = p.kept + (cos.first + i)", "there = p.kept + i"),
-        ("kernel_eps_dropped", "T(1 / (norm < kEps ? kEps : norm))", "T(1 / norm)"),
         ("kernel_lesser_centres_count", "excluded |= loser;", ""),
+        ("kernel_softplus_slope", "slope = select(u < zero, e, one)", "slope = select(u < zero, one, e)"),
+    ),
+    *_in(
+        "csrc/cpu/load.h",
+        ("kernel_norm_of_a_part", "for (; d < dim; d++) sum += double(row[d]) * double(row[d]);", ""),
+        ("kernel_eps_dropped", "T(1 / (norm < kEps ? kEps : norm))", "T(1 / norm)"),
         ("kernel_one_tile_for_two", "tiles_[number % 2];\n    loading_", "tiles_[0];\n    loading_"),
         ("kernel_norm_of_the_row_before", "low_ = high_ = Vec<T>{};", ""),
         ("kernel_rows_turned_in_part", "void finish() { advance(units()); }", "void finish() {}"),
         ("kernel_odd_row_lost", "row_ + 1 < t_.rows;", "row_ + 2 < t_.rows;"),
-        ("kernel_softplus_slope", "slope = select(u < zero, e, one)", "slope = select(u < zero, one, e)"),
     ),
     *_in(  # where the CPU has AMX, or products of bfloat16 for the second and the third
         "csrc/cpu/tiles.h",

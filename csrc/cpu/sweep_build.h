@@ -12,6 +12,7 @@ namespace FM_ISA {
 #include "vec.h"
 #include "product.h"
 #include "tiles.h"
+#include "load.h"
 #include "sweep.h"
 #include "forward.h"
 #include "update_row.h"
