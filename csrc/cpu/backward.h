@@ -13,7 +13,6 @@ template <RuleCode rule, bool extras, class T>
 void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t, const Cosines<T>& cos,
                     const Tiles& tiles, const TileSums<T>& sums, Ahead& ahead) {
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t asked = asked_lines_of_vector(p, p.padded);
   const bool soft = p.reduction == Reduction::softplus;
   const Vec<T> zero{};
   for (int64_t i = 0; i < cos.columns; i += lanes) {
@@ -24,7 +23,7 @@ void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>&
     const Vec<T> red_low = load(in.red_low + row);
     for (int64_t j = 0; j < t.rows; j++) {
       T* at = first + j * cos.width;
-      if (p.pieces) ahead.ask(asked);
+      if (p.pieces) ahead.ask();
       const Element<T> e = element(p, t, cos, at, j, target);
       const Rival<Vec<T>> n = rival<rule, Ops>(e.c, tau, p.args);
       const Vec<T> u = scale * n.value + t.bias[j];
@@ -111,7 +110,7 @@ void add_gradient(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t,
       const int64_t M = t.height, N = x.depth, K = cos.columns;
       Finishing<T> finishing(p, t, g);
       const auto done = [&](int64_t m, int64_t d, const float* block) {
-        state.ask(kAskedLinesOfBlock);
+        state.ask();
         if (last) finishing.begin(m, d, block);
       };
       const int64_t rows = pace(finishing, M, N, K, p.pieces), lines = pace(loading, M, N, K, p.pieces);
@@ -126,7 +125,7 @@ void add_gradient(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t,
     for (int64_t k = 0; k < cos.columns; k += kProductDepth) {
       const int64_t depth = std::min(kProductDepth, cos.columns - k);
       const auto start = [&](int64_t m, int v) {
-        if (v == 0) ahead.ask(kAskedLines), state.ask(kAskedLines);
+        if (v == 0) ahead.ask(), state.ask();
         return k || begun ? load(sums + m * P + v * lanes) : Vec<T>{};
       };
       const auto multiply = [&](const auto& finish) {
@@ -176,8 +175,9 @@ void add_targets(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t,
 }
 
 // From here on a gradient is written past the cache. At 205 MB that saves a fourth of a backward in bfloat16 (44 to 32
-// ms at 128 x 100,000 with AMX); a small one is better left where the optimizer will look for it.
-constexpr int64_t kStreamedBytes = int64_t(1) << 26;
+// ms at 128 x 100,000 with AMX), at 10 to 60 MB 5 to 9 % of a step in float32, SGD with momentum included (Zen 4); a
+// small one is better left where the optimizer will look for it.
+constexpr int64_t kStreamedBytes = int64_t(1) << 23;
 
 // What a task does with the rows of a tile once their gradient is finished: here it is the result.
 template <class T>
@@ -237,6 +237,12 @@ struct WeighBackward {
   }
 };
 
+// How often the next tile is asked for while one is: in tiles, weighing asks. `depth` of dW, 0 where nobody wants it.
+template <class T>
+int64_t asks_of_backward(const Problem<T>& p, int64_t rows, int64_t rows_of_x, int64_t depth) {
+  return p.pieces ? rows * rows_of_x / kLanes<T> : rows_of_sums<T>(rows, depth, rows_of_x);
+}
+
 // The tiles [begin, end), all rows of x of all calls. d_bias: of the only call, or null. sink: null if nobody wants dW.
 template <class T, class Sink>
 void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition& cut, int64_t begin, int64_t end,
@@ -262,11 +268,13 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
   g.sum = scratch.take<T>(height * depth);
   T* buffer = scratch.take<T>(rows * p.dim);
 
+  const int64_t asks = asks_of_backward(p, rows, p.padded, sink ? depth : 0);
   for (int64_t number = begin; number < end; number++) {
     Tile<T>& tile = queue.take(number);
-    Ahead ahead = tile_ahead(p, number + 1 < end ? number + 1 : cut.tiles, rows);
+    Ahead ahead = tile_ahead(p, number + 1 < end ? number + 1 : cut.tiles, rows, asks);
     const int64_t first = tile.first_class * p.sub_centers;
     Ahead state = sink ? sink->state(tile, first, p.dim) : Ahead();
+    p.pieces ? state.spread(height / kPad * (depth / kPad), kAskedLinesOfBlock) : state.spread(asks);
     if (sink) g.d_w = sink->place(first, p.dim, buffer);
     g.streams = sink && sink->streams(g.d_w, p.classes * p.sub_centers, p.dim);
     std::fill_n(sums.along, tile.rows, Vec<T>{});
@@ -278,7 +286,7 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
       g.last_call = k + 1 == count;
       for (int64_t block = 0; block < part.p.padded; block += cut.block) {
         Nothing nothing;
-        compute_cosines<Kept::read>(part.p, part.x, tile, block, cut.block, cos, nothing);
+        compute_cosines<Kept::read>(part.p, part.x, tile, block, cut.block, cos, nothing, ahead);
         part.weigh(part.p, part.in, tile, cos, tiles, sums, ahead);
         for (int64_t r = 0; r < tile.rows; r++)
           g.along[r] = has_slope(p, tile.inv[r]) ? lane_sum<T>(sums.along[r]) * tile.inv[r] : T(0);
@@ -299,15 +307,25 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
   }
 }
 
+// Where the tasks' ranges begin, and the last one's end. In a range the next tile is read while one is multiplied, so
+// they are long; the last ones are short, so that threads end together.
+inline std::vector<int64_t> ranges_of_tiles(int64_t tiles, int64_t threads) {
+  std::vector<int64_t> begins{0};
+  while (begins.back() < tiles) {
+    const int64_t share = (tiles - begins.back()) / (4 * threads);
+    begins.push_back(begins.back() + std::max<int64_t>(1, std::min<int64_t>(16, share)));
+  }
+  return begins;
+}
+
 // All tiles; calls with no rows are not among several.
 template <class T, class Sink>
 void backward_tiles(const BackwardPart<T>* parts, int64_t count, const Sink* sink, T* d_bias,
                     const Parallel& parallel) {
   const Partition cut = partition(parts[0].p, kBackwardBlocking);
-  const int64_t run = std::max<int64_t>(1, std::min<int64_t>(16, cut.tiles / 256));  // tiles a thread takes at once
-  parallel(div_up(cut.tiles, run), [&](int64_t n) {
-    backward_task(parts, count, cut, n * run, std::min((n + 1) * run, cut.tiles), sink, d_bias);
-  });
+  const std::vector<int64_t> begins = ranges_of_tiles(cut.tiles, parallel.threads);
+  parallel(int64_t(begins.size()) - 1,
+           [&](int64_t n) { backward_task(parts, count, cut, begins[n], begins[n + 1], sink, d_bias); });
 }
 
 template <class T>

@@ -67,8 +67,8 @@ std::vector<T> read_vector(const char* name, const MaybeTensor& t, int64_t expec
   return out;
 }
 
-// Tasks to torch's threads, each taking the next one: which thread runs a task changes no number.
-inline void run_parallel(int64_t tasks, const std::function<void(int64_t)>& task) {
+// Each of torch's threads takes the next task: which one runs it changes no number.
+inline void run_on_torch_threads(int64_t tasks, const std::function<void(int64_t)>& task) {
   const int64_t workers = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
   if (workers <= 1) {
     for (int64_t t = 0; t < tasks; t++) task(t);
@@ -79,6 +79,7 @@ inline void run_parallel(int64_t tasks, const std::function<void(int64_t)>& task
     for (int64_t t = next++; t < tasks; t = next++) task(t);
   });
 }
+inline Parallel torch_threads() { return {int64_t(torch::stable::get_num_threads()), run_on_torch_threads}; }
 
 // The static part of a sweep, as backends/cpu.py packs it.
 struct Options {
@@ -154,7 +155,7 @@ struct Call {
 
   template <class F>
   void by_strips(F f) const {
-    run_parallel(div_up(p.batch, kPad), [&](int64_t s) { f(s * kPad, std::min((s + 1) * kPad, p.batch)); });
+    run_on_torch_threads(div_up(p.batch, kPad), [&](int64_t s) { f(s * kPad, std::min((s + 1) * kPad, p.batch)); });
   }
 
  private:

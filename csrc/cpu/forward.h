@@ -54,7 +54,6 @@ template <RuleCode rule, bool extras, class T>
 bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, RowSums<T>& s, int64_t s_first,
                    const Weighted<T>& a_out, const Weighted<T>& slope_out, Ahead& ahead) {
   constexpr int64_t lanes = kLanes<T>;
-  const int64_t asked = asked_lines_of_vector(p, std::min(p.padded, kRowGroup));
   const bool soft = p.reduction == Reduction::softplus;
   const Vec<T> zero{};
   bool changed = false;
@@ -84,7 +83,7 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
       Vec<T> a_square[lanes], slope_square[lanes], part{};  // many equal rivals round alike: sums of sums
       for (int64_t l = 0; l < lanes; l++) {
         const int64_t j = j0 + l;
-        if (p.pieces) ahead.ask(asked);
+        if (p.pieces) ahead.ask();
         a_square[l] = slope_square[l] = zero;
         if (j >= t.rows) continue;
         const Element<T> e = element(p, t, cos, first + j * cos.width, j, target);
@@ -172,7 +171,7 @@ void add_share(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, con
       multiply_strip<Summed::rows>(
           P, t.rows, a.wide + i * t.rows, 0, t.panels + strip * t.rows * P,
           [&](int64_t m, int v) {
-            if (v == 0) ahead.ask(kAskedLines);
+            if (v == 0) ahead.ask();
             return add ? load(at(m, v)) : Vec<T>{};
           },
           [&](int64_t m, int v, Vec<T> sum) { store(at(m, v), sum); });
@@ -188,6 +187,14 @@ void scale_share(const Cosines<T>& cos, const T* factor, const Share<T>& share) 
       for (int64_t d = 0; d < share.width; d++) o[d] *= factor[i];
     }
   }
+}
+
+// How often the next tile is asked for while one is multiplied with so many rows of x: in tiles, weighing asks.
+template <class T>
+int64_t asks_of_forward(const Problem<T>& p, int64_t rows, int64_t rows_of_x, int64_t depth) {
+  if (p.pieces) return rows * rows_of_x / kLanes<T>;
+  const int64_t shares = (p.want & kDx) ? ((p.want & kSum) ? 2 : 1) : 0;
+  return rows_of_sums<T>(rows, rows_of_x, depth) + shares * rows_of_sums<T>(rows_of_x, depth, 1);
 }
 
 // One group of rows with one range of tiles.
@@ -215,6 +222,7 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
 
   const int64_t begin = cut.tiles * split / cut.splits, end = cut.tiles * (split + 1) / cut.splits;
   const int64_t first = group * kRowGroup, last = std::min(first + kRowGroup, p.padded);
+  const int64_t asks = asks_of_forward(p, cut.tile_rows, last - first, x.depth);
   Queue queue(p, cut, x.depth, end, scratch, always);
   for (const Share<T>& share : {out.o_red, out.o_sum})  // no class: nothing will be written
     for (int64_t strip = 0; begin == end && share.o && strip < share.strips; strip++)
@@ -222,10 +230,10 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
   for (int64_t number = begin; number < end; number++) {
     const Tile<T>& tile = queue.take(number);
     Turning<T> turning(p, tile, p.pieces && (p.want & kDx));
-    Ahead ahead = tile_ahead(p, number + 1 < end ? number + 1 : cut.tiles, cut.tile_rows);
+    Ahead ahead = tile_ahead(p, number + 1 < end ? number + 1 : cut.tiles, cut.tile_rows, asks);
     for (int64_t block = first; block < last; block += cut.block) {
       const int64_t columns = std::min(cut.block, last - block);
-      compute_cosines<Kept::write>(p, x, tile, block, columns, cos, turning);
+      compute_cosines<Kept::write>(p, x, tile, block, columns, cos, turning, ahead);
       turning.finish();
       const bool changed = weigh_forward<rule, extras>(p, tile, cos, s, cos.first - first, a, slope, ahead);
       if (!(p.want & kDx)) continue;

@@ -91,18 +91,17 @@ double sum_of_squares(const T* row, int64_t dim) {
       const Vec<T> a = load(row + d + v * kLanes<T>);
       sums[v] += a * a;
     }
-  double sum = 0;  // the norm's error is one of every cosine of the class
-  for (int v = 0; v < 4; v++)
-    for (int64_t l = 0; l < kLanes<T>; l++) sum += double(sums[v][l]);
+  Vec<double> wide{};  // the norm's error is one of every cosine of the class
+  for (int v = 0; v < 4; v++) wide += pair_sums(sums[v]);
+  double sum = lane_sum<double>(wide);
   for (; d < dim; d++) sum += double(row[d]) * double(row[d]);
   return sum;
 }
 
-constexpr int64_t kAskedLines = 2;  // for each row of a block of sums: as many as a core has on the way at one time
-constexpr int64_t kAskedLinesOfBlock = 32;      // for each block of 32 x 32
-constexpr int64_t kMostAskedLinesOfVector = 4;  // for each vector of cosines: with more the weighing waits for memory
+constexpr int64_t kAskedLines = 4;          // at most at one time: with more, what goes on beside waits for memory
+constexpr int64_t kAskedLinesOfBlock = 32;  // beside a product of 32 x 32 in tiles, which takes longer
 
-// Rows that will be read soon, asked for a little at a time while the products run.
+// Rows that will be read soon, asked for a few lines at a time while something else is computed.
 class Ahead {
  public:
   // Nothing.
@@ -120,8 +119,14 @@ class Ahead {
     next_row();
   }
 
-  FM_INLINE void ask(int64_t lines) {
-    for (; lines > 0 && next_ < stop_; lines--) {
+  // All of it in so many calls of ask(), if that is not more than `most` lines at one time.
+  Ahead& spread(int64_t asks, int64_t most = kAskedLines) {
+    const int64_t lines = (end_ - row_ + 1) * div_up(bytes_, 64);
+    lines_ = std::min(most, div_up(lines, std::max<int64_t>(asks, 1)));
+    return *this;
+  }
+  FM_INLINE void ask() {
+    for (int64_t lines = lines_; lines > 0 && next_ < stop_; lines--) {
       __builtin_prefetch(next_, 0, 2);
       next_ += 64;
       if (next_ >= stop_) next_row();
@@ -138,21 +143,20 @@ class Ahead {
 
   const char *base_ = nullptr, *next_ = nullptr, *stop_ = nullptr;  // the line to ask for; the end of its row
   const int64_t* index_ = nullptr;
-  int64_t step_ = 0, bytes_ = 0, row_ = 0, end_ = 0;
+  int64_t step_ = 0, bytes_ = 0, row_ = 0, end_ = 0, lines_ = 0;
 };
 
-// Lines to ask for with each vector of cosines of a tile with so many rows of x, to be through with as many rows of w.
+// The rows of w of the tile with this number, of tiles of so many rows, to be asked for in so many calls.
 template <class T>
-int64_t asked_lines_of_vector(const Problem<T>& p, int64_t rows_of_x) {
-  const int64_t lines = div_up(p.dim * size_of(p.w.storage), 64);  // of a row of w
-  return std::min(kMostAskedLinesOfVector, div_up(lines, std::max<int64_t>(1, rows_of_x / kLanes<T>)));
+Ahead tile_ahead(const Problem<T>& p, int64_t number, int64_t tile_rows, int64_t asks) {
+  const int64_t first = number * tile_rows;
+  return Ahead(p.w, p.dim, first, std::min(first + tile_rows, p.classes * p.sub_centers)).spread(asks);
 }
 
-// The rows of w of the tile with this number, of tiles of so many rows.
+// Rows of blocks of sums in a product [M, K] x [K, N] on panels: as often something can be asked for while it runs.
 template <class T>
-Ahead tile_ahead(const Problem<T>& p, int64_t number, int64_t tile_rows) {
-  const int64_t first = number * tile_rows;
-  return {p.w, p.dim, first, std::min(first + tile_rows, p.classes * p.sub_centers)};
+int64_t rows_of_sums(int64_t M, int64_t N, int64_t K) {
+  return M * div_up(N, kPanel<T>) * div_up(K, kProductDepth);
 }
 
 template <class T>
@@ -245,8 +249,7 @@ class Loading {
     return (last - first) / kTileStep;
   }
   void end_row() {
-    double sum = 0;
-    for (int64_t l = 0; l < kLanes<T>; l++) sum += double(low_[l]) + double(high_[l]);
+    const double sum = lane_sum<double>(pair_sums(low_) + pair_sums(high_));
     low_ = high_ = Vec<T>{};
     t_->inv[row_] = p_->normalize_w ? inverse<T>(sum) : T(1);
     column_ = 0;

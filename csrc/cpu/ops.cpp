@@ -36,9 +36,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_sweep(const Tenso
                           dx ? o_red.mutable_data_ptr<T>() : nullptr, dx && sum ? o_sum.mutable_data_ptr<T>() : nullptr,
                           partial.mutable_data_ptr<T>()};
   if constexpr (sizeof(T) == 8)
-    call.path.kernels->forward_f64(p, out, run_parallel);
+    call.path.kernels->forward_f64(p, out, torch_threads());
   else
-    call.path.kernels->forward_f32(p, out, run_parallel);
+    call.path.kernels->forward_f32(p, out, torch_threads());
 
   const double all_bias = std::accumulate(call.bias.begin(), call.bias.end(), 0.0);
   T* sums = sum_u.mutable_data_ptr<T>();
@@ -176,9 +176,9 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& x, Tensor& d_w, co
     const BackwardOut<T> out{need & kW ? d_w.mutable_data_ptr() : nullptr,
                              need & kBias ? d_bias.mutable_data_ptr<T>() : nullptr};
     if constexpr (sizeof(T) == 8)
-      call.path.kernels->backward_f64(p, in, out, run_parallel);
+      call.path.kernels->backward_f64(p, in, out, torch_threads());
     else
-      call.path.kernels->backward_f32(p, in, out, run_parallel);
+      call.path.kernels->backward_f32(p, in, out, torch_threads());
   }
   return {d_x, d_scale, d_bias};
 }

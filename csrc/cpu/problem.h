@@ -92,8 +92,13 @@ struct BackwardOut {
   T* d_bias;  // [classes] or null
 };
 
-// Runs task 0 .. tasks - 1, in any order and on any thread.
-using Parallel = std::function<void(int64_t tasks, const std::function<void(int64_t)>& task)>;
+// Runs task 0 .. tasks - 1, in any order and on any of its threads. No sum may depend on how many these are.
+struct Parallel {
+  int64_t threads;
+  std::function<void(int64_t tasks, const std::function<void(int64_t)>& task)> run;
+
+  void operator()(int64_t tasks, const std::function<void(int64_t)>& task) const { run(tasks, task); }
+};
 
 // What exists at one time: a tile of rows of w, and its cosines with a block of rows of x. Both stay in a core's L2
 // cache beside what streams by. The backward has no sums over classes to carry, so that its tiles may be lower and its

@@ -46,9 +46,9 @@ void update_rows(Tensor w, MaybeTensor m, MaybeTensor v, MaybeTensor step, Maybe
     STD_TORCH_CHECK(u.together == 1, "fused_margin: step must have one value for each row");
     const Kernels& kernels = *cpu_path().kernels;
     if constexpr (sizeof(T) == 8)
-      kernels.update_f64(u, rows_of(grad), rows, w.size(1), run_parallel);
+      kernels.update_f64(u, rows_of(grad), rows, w.size(1), torch_threads());
     else
-      kernels.update_f32(u, rows_of(grad), rows, w.size(1), run_parallel);
+      kernels.update_f32(u, rows_of(grad), rows, w.size(1), torch_threads());
   });
 }
 
@@ -83,8 +83,8 @@ void sweep_step(Tensor w, MaybeTensor m, MaybeTensor v, MaybeTensor step, MaybeT
     STD_TORCH_CHECK(count > 0, "fused_margin: a step needs at least one call of the sweep");
     const CpuPath& path = calls[0]->path;
     if constexpr (sizeof(T) == 8)
-      path.kernels->step_f64(inputs.data(), int64_t(count), u, run_parallel);
+      path.kernels->step_f64(inputs.data(), int64_t(count), u, torch_threads());
     else
-      path.kernels->step_f32(inputs.data(), int64_t(count), u, run_parallel);
+      path.kernels->step_f32(inputs.data(), int64_t(count), u, torch_threads());
   });
 }

@@ -121,7 +121,7 @@ bool all_kept(const Problem<T>& p, const Tile<T>& t) {
 
 template <class T, class Work>
 void multiply_rows_of_x(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, const Cosines<T>& out,
-                        Work& work) {
+                        Work& work, Ahead& ahead) {
   if constexpr (kTiled<T>) {
     if (p.pieces) {
       const int64_t M = t.height, N = out.columns, units = pace(work, M, N, x.depth, p.pieces);
@@ -130,17 +130,18 @@ void multiply_rows_of_x(const Problem<T>& p, const PackedRows<T>& x, const Tile<
           [](int64_t, int64_t, float*) {}, [&] { work.advance(units); });
     }
   }
-  multiply_panels(t.rows, out.columns, x.depth, t.panels, x.columns.get() + out.first * x.depth, out.c);
+  multiply_panels(t.rows, out.columns, x.depth, t.panels, x.columns.get() + out.first * x.depth, out.c,
+                  [&] { ahead.ask(); });
 }
 
 template <Kept direction, class T, class Work>
 void compute_cosines(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, int64_t first, int64_t block,
-                     Cosines<T>& out, Work& work) {
+                     Cosines<T>& out, Work& work, Ahead& ahead) {
   out.first = first;
   out.height = t.height;
   const int64_t n = out.columns = std::min(block, p.padded - first);
   const bool known = direction == Kept::read && all_kept(p, t);
-  if (!known) multiply_rows_of_x(p, x, t, out, work);
+  if (!known) multiply_rows_of_x(p, x, t, out, work, ahead);
   if (known || direction == Kept::write) move_kept<direction>(p, t, out);
   for (int64_t i = 0; i < n; i++) {
     const int64_t target = p.target[first + i], j = target - t.first_class;

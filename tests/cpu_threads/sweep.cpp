@@ -17,14 +17,14 @@ namespace {
 
 // Each thread takes every count-th task: a common counter would order tasks, and hide their races.
 Parallel on_threads(int count) {
-  return [count](int64_t tasks, const std::function<void(int64_t)>& task) {
-    std::vector<std::thread> threads;
-    for (int t = 0; t < count; t++)
-      threads.emplace_back([=, &task] {
-        for (int64_t i = t; i < tasks; i += count) task(i);
-      });
-    for (std::thread& t : threads) t.join();
-  };
+  return {count, [count](int64_t tasks, const std::function<void(int64_t)>& task) {
+            std::vector<std::thread> threads;
+            for (int t = 0; t < count; t++)
+              threads.emplace_back([=, &task] {
+                for (int64_t i = t; i < tasks; i += count) task(i);
+              });
+            for (std::thread& t : threads) t.join();
+          }};
 }
 
 struct Sweep {
