@@ -10,24 +10,27 @@ import weakref
 import torch
 from torch import Tensor
 
-SMALL = 2**22  # bytes: below, the C library hands out what was freed before anyhow
+SMALL = 2**18  # bytes: below, a few fresh pages cost less than what is done here
+SPARE = 2**22  # bytes of blocks that are held for each use, and beside them one that is larger
 
 # Not shared memory, which mmap gives otherwise: it has no huge pages, and a container's limit of its own.
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-_spare: dict[str, mmap.mmap] = {}  # for each use the last block that was given back
+# For each use what was given back, the last one last; larger blocks apart, so that a small head leaves them alone.
+_spare: dict[tuple[str, bool], list[mmap.mmap]] = {}
 
 
 def numbers(count: int, dtype: torch.dtype, use: str) -> Tensor:
     """An uninitialised tensor [count] on the CPU; its memory comes back when no tensor shares it any more.
 
-    Then it is held for the next tensor with the same `use` and size; of each use, one block.
+    Then it is held for the next tensor with the same `use` and size.
     """
     size = count * dtype.itemsize
     if size < SMALL:
         return torch.empty(count, dtype=dtype, device="cpu")
-    block = _spare.pop(use, None)
-    if block is None or len(block) != size:
-        block = None  # goes before the new one comes
+    spare = _held(use, size)
+    block = _take(spare, size)
+    if block is None:
+        _drop(spare, SPARE - size)  # before the new one comes
         block = mmap.mmap(-1, size, **_PRIVATE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a wish; some systems have no huge pages
@@ -43,4 +46,28 @@ def release() -> None:
 
 
 def _give_back(use: str, block: mmap.mmap) -> None:
-    _spare[use] = block
+    spare = _held(use, len(block))
+    _drop(spare, SPARE - len(block))
+    spare.append(block)
+
+
+def _held(use: str, size: int) -> list[mmap.mmap]:
+    return _spare.setdefault((use, size > SPARE), [])
+
+
+# A block may come back, in this thread or in another, between any two lines of these.
+
+
+def _take(spare: list[mmap.mmap], size: int) -> mmap.mmap | None:
+    for block in reversed(spare):
+        if len(block) == size:
+            with contextlib.suppress(ValueError):  # gone meanwhile
+                spare.remove(block)
+                return block
+    return None
+
+
+def _drop(spare: list[mmap.mmap], room: int) -> None:
+    """The oldest blocks go until the others fit."""
+    while spare and sum(map(len, spare)) > room:
+        del spare[:1]

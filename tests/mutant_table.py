@@ -50,8 +50,10 @@ MUTANTS = [
     ),
     *_in(
         "fused_margin/memory.py",
-        ("memory_lent_twice", "_spare.pop(use, None)", "_spare.get(use)"),
-        ("memory_of_another_size", "block is None or len(block) != size", "block is None"),
+        ("memory_lent_twice", "                spare.remove(block)\n", ""),
+        ("small_memory_drops_large", "(use, size > SPARE)", "(use, False)"),
+        ("memory_held_without_limit", "del spare[:1]", "break"),
+        ("memory_of_another_size", "if len(block) == size:", "if block:"),
     ),
     *_in(
         "fused_margin/deferred.py",

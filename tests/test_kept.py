@@ -96,10 +96,10 @@ def loss_of(x, w, y):
 
 
 def large(seed: int):
-    """What is kept is beyond `memory.SMALL`, so that its memory goes from hand to hand."""
+    """What is kept is beyond `memory.SPARE`: one block of it is held."""
     g = torch.Generator().manual_seed(seed)
     x, w = (torch.randn(n, 8, generator=g, requires_grad=True) for n in (64, 30_000))
-    assert memory.SMALL < 64 * 30_000 * 4
+    assert memory.SPARE < 64 * 30_000 * 4
     return x, w, torch.randint(30_000, (64,), generator=g)
 
 
@@ -132,6 +132,25 @@ def test_memory_is_used_again_and_can_be_released():
     assert memory.numbers(0, torch.float32, "gradient").shape == (0,)
     with torch.device("meta"):
         assert all(memory.numbers(n, torch.float32, "gradient").device.type == "cpu" for n in (1, 2**21))
+    memory.release()
+
+
+def test_small_blocks_of_several_sizes_are_held_beside_a_large_one():
+    """Heads of a few sizes take turns; no more than `SPARE` bytes are held for them."""
+    memory.release()
+    counts = [2**21, 2**17, 2**18, 2**19]  # of 4 bytes; the first one is large
+    addresses = []
+    for _ in range(2):
+        lent = [memory.numbers(n, torch.float32, "gradient") for n in counts]
+        addresses.append([t.data_ptr() for t in lent])
+        del lent
+    assert addresses[0] == addresses[1]
+    for n in range(2**18, 2**18 + 20):
+        memory.numbers(n, torch.float32, "gradient")
+        held = [len(block) for blocks in memory._spare.values() for block in blocks]
+        assert 4 * n in held
+        assert 8 * 2**20 in held
+        assert sum(held) <= 8 * 2**20 + memory.SPARE
     memory.release()
 
 

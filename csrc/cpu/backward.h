@@ -175,9 +175,9 @@ void add_targets(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>& t,
 }
 
 // From here on a gradient is written past the cache. At 205 MB that saves a fourth of a backward in bfloat16 (44 to 32
-// ms at 128 x 100,000 with AMX), at 10 to 60 MB 5 to 9 % of a step in float32, SGD with momentum included (Zen 4); a
+// ms at 128 x 100,000 with AMX), at 2 to 60 MB 2 to 9 % of a step in float32, SGD with momentum included (Zen 4); a
 // small one is better left where the optimizer will look for it.
-constexpr int64_t kStreamedBytes = int64_t(1) << 23;
+constexpr int64_t kStreamedBytes = int64_t(1) << 20;
 
 // What a task does with the rows of a tile once their gradient is finished: here it is the result.
 template <class T>
