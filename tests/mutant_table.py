@@ -170,6 +170,10 @@ MUTANTS = [
         ("kernel_rows_turned_in_part", "void finish() { advance(units()); }", "void finish() {}"),
         ("kernel_odd_row_lost", "row_ + 1 < t_.rows;", "row_ + 2 < t_.rows;"),
     ),
+    *_in(
+        "csrc/cpu/vec.h",
+        ("kernel_half_of_a_norm", "Vec<double>) + __builtin_convertvector(halves[1], Vec<double>)", "Vec<double>)"),
+    ),
     *_in(  # where the CPU has AMX, or products of bfloat16 for the second and the third
         "csrc/cpu/tiles.h",
         ("kernel_product_of_pieces_lost", "pieces == 1 ? 1 : 6;", "pieces == 1 ? 1 : 5;"),
@@ -203,6 +207,7 @@ MUTANTS = [
         ("kernel_last_block_unfinished", "      return finishing.finish();", "      return;"),
         ("kernel_block_unfinished", "    finish();\n    m_ = m", "    m_ = m"),
         ("kernel_left_of_kept_tiles", "return !std::all_of(", "return std::all_of("),
+        ("kernel_tiles_between_ranges", "begins[n], begins[n + 1], sink", "begins[n], begins[n + 1] - 1, sink"),
         ("kernel_next_gradient_too_early", "if (g.last_call && block + cos.columns == part.p.padded) queue", "queue"),
         ("kernel_ragged_dimension_lost", "else if (p.dim > d)", "else if (false)"),
     ),

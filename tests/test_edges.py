@@ -156,14 +156,15 @@ NORMS = {
 @pytest.mark.parametrize("mode", ["fp64", "fp32", "fp32_as_bf16"])
 def test_norms(backend, mode, norms, side):
     """As F.normalize with eps = 1e-12: a shorter row is divided by 1e-12, and its norm has no gradient."""
-    p = problem(MARGINS["cosface"], MODES[mode], 20, 40, 24)
-    given = oracle.unit(p.tensors[side].double())
-    factors = torch.tensor(NORMS[norms], dtype=torch.float64).repeat(10)[: len(given), None]
-    p.tensors[side] = (given * factors).to(p.mode.x)
-    got, plain, exact = cases.run(p, backend), cases.plain(p), cases.exact(p)
     rule = ErrorRule()
-    rule.add("loss", got["loss"], plain and plain["loss"], exact["loss"])
-    rule.add_all(_by_rows(got, exact), plain and _by_rows(plain, exact), _by_rows(exact, exact))
+    for seed in range(4):
+        p = problem(MARGINS["cosface"], MODES[mode], 20, 40, 24, seed=seed)
+        given = oracle.unit(p.tensors[side].double())
+        factors = torch.tensor(NORMS[norms], dtype=torch.float64).repeat(10)[: len(given), None]
+        p.tensors[side] = (given * factors).to(p.mode.x)
+        got, plain, exact = cases.run(p, backend), cases.plain(p), cases.exact(p)
+        rule.add("loss", got["loss"], plain and plain["loss"], exact["loss"])
+        rule.add_all(_by_rows(got, exact), plain and _by_rows(plain, exact), _by_rows(exact, exact))
     rule.check()
 
 
