@@ -30,7 +30,8 @@ def numbers(count: int, dtype: torch.dtype, use: str) -> Tensor:
     spare = _held(use, size)
     block = _take(spare, size)
     if block is None:
-        _drop(spare, SPARE - size)  # before the new one comes
+        if size > SPARE:
+            spare.clear()  # before the new one comes
         block = mmap.mmap(-1, size, **_PRIVATE)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a wish; some systems have no huge pages
@@ -47,27 +48,20 @@ def release() -> None:
 
 def _give_back(use: str, block: mmap.mmap) -> None:
     spare = _held(use, len(block))
-    _drop(spare, SPARE - len(block))
     spare.append(block)
+    while len(spare) > 1 and sum(map(len, spare)) > SPARE:
+        del spare[:1]
 
 
 def _held(use: str, size: int) -> list[mmap.mmap]:
     return _spare.setdefault((use, size > SPARE), [])
 
 
-# A block may come back, in this thread or in another, between any two lines of these.
-
-
 def _take(spare: list[mmap.mmap], size: int) -> mmap.mmap | None:
+    # Another block may come back meanwhile, in this thread or in another, and push this one out.
     for block in reversed(spare):
         if len(block) == size:
-            with contextlib.suppress(ValueError):  # gone meanwhile
+            with contextlib.suppress(ValueError):
                 spare.remove(block)
                 return block
     return None
-
-
-def _drop(spare: list[mmap.mmap], room: int) -> None:
-    """The oldest blocks go until the others fit."""
-    while spare and sum(map(len, spare)) > room:
-        del spare[:1]

@@ -53,6 +53,9 @@ MUTANTS = [
         ("memory_lent_twice", "                spare.remove(block)\n", ""),
         ("small_memory_drops_large", "(use, size > SPARE)", "(use, False)"),
         ("memory_held_without_limit", "del spare[:1]", "break"),
+        ("memory_newest_goes_first", "del spare[:1]", "del spare[-1:]"),
+        ("memory_of_a_few_heads_dropped", "sum(map(len, spare)) > SPARE", "spare"),
+        ("large_memory_held_twice", "spare.clear()  # before the new one comes", "pass"),
         ("memory_of_another_size", "if len(block) == size:", "if block:"),
     ),
     *_in(

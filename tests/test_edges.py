@@ -154,11 +154,12 @@ NORMS = {
 @pytest.mark.parametrize("side", ["x", "w"])
 @pytest.mark.parametrize("norms", NORMS)
 @pytest.mark.parametrize("mode", ["fp64", "fp32", "fp32_as_bf16"])
-def test_norms(backend, mode, norms, side):
+@pytest.mark.parametrize("dim", [24, 150])  # less than the sums of a kernel take at once, and more
+def test_norms(backend, dim, mode, norms, side):
     """As F.normalize with eps = 1e-12: a shorter row is divided by 1e-12, and its norm has no gradient."""
     rule = ErrorRule()
     for seed in range(4):
-        p = problem(MARGINS["cosface"], MODES[mode], 20, 40, 24, seed=seed)
+        p = problem(MARGINS["cosface"], MODES[mode], 20, 40, dim, seed=seed)
         given = oracle.unit(p.tensors[side].double())
         factors = torch.tensor(NORMS[norms], dtype=torch.float64).repeat(10)[: len(given), None]
         p.tensors[side] = (given * factors).to(p.mode.x)

@@ -135,22 +135,35 @@ def test_memory_is_used_again_and_can_be_released():
     memory.release()
 
 
+def held() -> list[list]:
+    """What is held for "test": the small blocks, and the large ones."""
+    return [memory._spare.get(("test", large), []) for large in (False, True)]
+
+
 def test_small_blocks_of_several_sizes_are_held_beside_a_large_one():
-    """Heads of a few sizes take turns; no more than `SPARE` bytes are held for them."""
-    memory.release()
-    counts = [2**21, 2**17, 2**18, 2**19]  # of 4 bytes; the first one is large
-    addresses = []
+    """Heads of a few sizes take turns, two of them alike; what is held is bounded, the oldest block goes first."""
+    sizes = [2**19, 2**20, 2**20, 2**18, 2**23]  # in bytes; the last one is large
+    rounds = []
     for _ in range(2):
-        lent = [memory.numbers(n, torch.float32, "gradient") for n in counts]
-        addresses.append([t.data_ptr() for t in lent])
+        lent = [memory.numbers(n, torch.uint8, "test") for n in sizes]
+        assert held() == [[], []]
         del lent
-    assert addresses[0] == addresses[1]
-    for n in range(2**18, 2**18 + 20):
-        memory.numbers(n, torch.float32, "gradient")
-        held = [len(block) for blocks in memory._spare.values() for block in blocks]
-        assert 4 * n in held
-        assert 8 * 2**20 in held
-        assert sum(held) <= 8 * 2**20 + memory.SPARE
+        small, large = held()
+        assert sorted(map(len, small)) == sorted(sizes[:-1])
+        assert [len(block) for block in large] == sizes[-1:]
+        rounds.append({id(block) for block in small + large})
+    assert rounds[0] == rounds[1]
+
+    sizes = [2**20 + n for n in range(20)]
+    for n in sizes:
+        memory.numbers(n, torch.uint8, "test")
+    assert [len(block) for block in held()[0]] == sizes[-3:]  # four are more than `SPARE`
+    for n in range(2**23 + 1, 2**23 + 5):
+        lent = memory.numbers(n, torch.uint8, "test")
+        assert not held()[1], "the one before goes first"
+        del lent
+        assert [len(block) for block in held()[1]] == [n]
+    assert len(held()[0]) == 3
     memory.release()
 
 

@@ -237,10 +237,12 @@ struct WeighBackward {
   }
 };
 
-// How often the next tile is asked for while one is: in tiles, weighing asks. `depth` of dW, 0 where nobody wants it.
+// How often the next tile is asked for while one is multiplied: in tiles, weighing asks.
 template <class T>
-int64_t asks_of_backward(const Problem<T>& p, int64_t rows, int64_t rows_of_x, int64_t depth) {
-  return p.pieces ? rows * rows_of_x / kLanes<T> : rows_of_sums<T>(rows, depth, rows_of_x);
+int64_t asks_of_backward(const Problem<T>& p, int64_t rows, int64_t depth, bool made_again, bool want_d_w) {
+  if (p.pieces) return rows * p.padded / kLanes<T>;
+  return (made_again ? rows_of_sums<T>(rows, p.padded, depth) : 0) +
+         (want_d_w ? rows_of_sums<T>(rows, depth, p.padded) : 0);
 }
 
 // The tiles [begin, end), all rows of x of all calls. d_bias: of the only call, or null. sink: null if nobody wants dW.
@@ -268,13 +270,14 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
   g.sum = scratch.take<T>(height * depth);
   T* buffer = scratch.take<T>(rows * p.dim);
 
-  const int64_t asks = asks_of_backward(p, rows, p.padded, sink ? depth : 0);
   for (int64_t number = begin; number < end; number++) {
     Tile<T>& tile = queue.take(number);
+    const int64_t asks = asks_of_backward(p, rows, depth, made_again(tile), sink != nullptr);
     Ahead ahead = tile_ahead(p, number + 1 < end ? number + 1 : cut.tiles, rows, asks);
     const int64_t first = tile.first_class * p.sub_centers;
     Ahead state = sink ? sink->state(tile, first, p.dim) : Ahead();
-    p.pieces ? state.spread(height / kPad * (depth / kPad), kAskedLinesOfBlock) : state.spread(asks);
+    const int64_t blocks = height / kPad * (depth / kPad);
+    state.spread(p.pieces ? blocks : asks, p.pieces ? kAskedLinesOfBlock : kAskedLines);
     if (sink) g.d_w = sink->place(first, p.dim, buffer);
     g.streams = sink && sink->streams(g.d_w, p.classes * p.sub_centers, p.dim);
     std::fill_n(sums.along, tile.rows, Vec<T>{});

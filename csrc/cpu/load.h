@@ -92,7 +92,7 @@ double sum_of_squares(const T* row, int64_t dim) {
       sums[v] += a * a;
     }
   Vec<double> wide{};  // the norm's error is one of every cosine of the class
-  for (int v = 0; v < 4; v++) wide += pair_sums(sums[v]);
+  for (int v = 0; v < 4; v++) wide += widened(sums[v]);
   double sum = lane_sum<double>(wide);
   for (; d < dim; d++) sum += double(row[d]) * double(row[d]);
   return sum;
@@ -119,9 +119,9 @@ class Ahead {
     next_row();
   }
 
-  // All of it in so many calls of ask(), if that is not more than `most` lines at one time.
+  // All of it in so many calls of ask(), if that is not more than `most` lines at one time. Before the first of them.
   Ahead& spread(int64_t asks, int64_t most = kAskedLines) {
-    const int64_t lines = (end_ - row_ + 1) * div_up(bytes_, 64);
+    const int64_t rows = end_ - row_ + 1, lines = rows * div_up(bytes_, 64);  // row_ is the next one already
     lines_ = std::min(most, div_up(lines, std::max<int64_t>(asks, 1)));
     return *this;
   }
@@ -249,7 +249,7 @@ class Loading {
     return (last - first) / kTileStep;
   }
   void end_row() {
-    const double sum = lane_sum<double>(pair_sums(low_) + pair_sums(high_));
+    const double sum = lane_sum<double>(widened(low_) + widened(high_));
     low_ = high_ = Vec<T>{};
     t_->inv[row_] = p_->normalize_w ? inverse<T>(sum) : T(1);
     column_ = 0;

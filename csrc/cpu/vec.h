@@ -63,14 +63,14 @@ FM_INLINE T lane_sum(Vec<T> v) {
   for (int64_t l = 0; l < kLanes<T>; l++) sum += v[l];
   return sum;
 }
-// Sums of two lanes each, in double.
-FM_INLINE Vec<double> pair_sums(Vec<float> v) {
+// The lanes in double, added up to as many as a vector has.
+FM_INLINE Vec<double> widened(Vec<float> v) {
   typedef float Half __attribute__((vector_size(FM_VECTOR_BYTES / 2)));
   Half halves[2];
   __builtin_memcpy(halves, &v, sizeof v);
   return __builtin_convertvector(halves[0], Vec<double>) + __builtin_convertvector(halves[1], Vec<double>);
 }
-FM_INLINE Vec<double> pair_sums(Vec<double> v) { return v; }  // that is double already
+FM_INLINE Vec<double> widened(Vec<double> v) { return v; }
 
 // The nearest integer, for |v| < 2^22.
 FM_INLINE Vec<float> nearest(Vec<float> v) {
