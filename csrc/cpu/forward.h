@@ -142,7 +142,7 @@ struct Partial {
 };
 template <class T>
 Partial<T> partial_of(const Problem<T>& p, T* base, int64_t split) {
-  const int64_t shares = (p.want & kDx) ? ((p.want & kSum) ? 2 : 1) : 0, room = round_up(p.dim, kPad);
+  const int64_t shares = shares_of(p), room = round_up(p.dim, kPad);
   T* state = base + split * p.padded * (kRowState + shares * room);
   T* o_red = state + kRowState * p.padded;
   const int64_t strips = div_up(p.dim, kPanel<T>);
@@ -193,8 +193,7 @@ void scale_share(const Cosines<T>& cos, const T* factor, const Share<T>& share) 
 template <class T>
 int64_t asks_of_forward(const Problem<T>& p, int64_t rows, int64_t rows_of_x, int64_t depth) {
   if (p.pieces) return rows * rows_of_x / kLanes<T>;
-  const int64_t shares = (p.want & kDx) ? ((p.want & kSum) ? 2 : 1) : 0;
-  return rows_of_sums<T>(rows, rows_of_x, depth) + shares * rows_of_sums<T>(rows_of_x, depth, 1);
+  return rows_of_sums<T>(rows, rows_of_x, depth) + shares_of(p) * rows_of_sums<T>(rows_of_x, depth, 1);
 }
 
 // One group of rows with one range of tiles.

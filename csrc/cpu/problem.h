@@ -140,11 +140,16 @@ Partition partition(const Problem<T>& p, const Blockings& blockings) {
 constexpr int64_t kRowState = 7;
 constexpr int64_t kAuxRows = 6;
 
-// Elements of ForwardOut::partial: for each split and row, its state and its share of o_red and o_sum.
+// Shares of O in a split: none, of o_red, or of o_red and o_sum.
+template <class T>
+int64_t shares_of(const Problem<T>& p) {
+  return (p.want & kDx) ? ((p.want & kSum) ? 2 : 1) : 0;
+}
+
+// Elements of ForwardOut::partial: for each split and row, its state and its shares of O.
 template <class T>
 int64_t forward_workspace(const Problem<T>& p) {
-  const int64_t outputs = (p.want & kDx) ? ((p.want & kSum) ? 2 : 1) : 0;
-  return partition(p, kForwardBlocking).splits * p.padded * (kRowState + outputs * round_up(p.dim, kPad));
+  return partition(p, kForwardBlocking).splits * p.padded * (kRowState + shares_of(p) * round_up(p.dim, kPad));
 }
 
 // One instruction set's build of the sweep.

@@ -138,7 +138,7 @@ def test_layouts(layout):
 @pytest.mark.parametrize("mode", ["fp32", "bf16"])
 def test_trainings(mode, choice):
     with simulated(seed=2, programs=2, chunk=128):
-        test_sweep_optim.check_trainings("cuda", mode, choice, (19, CLASSES, DIM), draws=2)  # they take long here
+        test_sweep_optim.test_float32_weights("cuda", mode, choice, (19, CLASSES, DIM))
 
 
 @pytest.mark.parametrize("choice", ["momentum", "adamw"])
