@@ -99,9 +99,13 @@ def test_float64(backend, margin, choice):
 @pytest.mark.parametrize("mode", ["fp32", "bf16", "fp32_as_bf16"])
 @pytest.mark.parametrize("shape", [(40, 300, 64), (600, 97, 33)], ids=["B40", "B600"])
 def test_float32_weights(backend, mode, choice, shape):
-    """Under the error rule, 16-bit operands too; 600 rows are two blocks of the kernel."""
+    """Under the error rule, 16-bit operands too; 600 rows are two blocks of the kernel.
+
+    AdamW divides by the gradient's size: where that is nearly 0 a single element decides the largest error, plain
+    PyTorch's too (0.06 to 0.34 of the largest step from draw to draw in bfloat16). So many draws are taken as one.
+    """
     rule = ErrorRule()
-    for seed in range(2):
+    for seed in range(8):
         problems = [
             problem(MARGINS["cosface"], MODES[mode], *shape, seed=10 * seed + k)
             for k in range(1 if shape[0] > 99 else 2)
