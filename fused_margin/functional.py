@@ -370,11 +370,11 @@ def _compute_dtype(asked: torch.dtype | None, embeddings: Tensor) -> torch.dtype
 
 def _want(embeddings: Tensor, weight: Tensor, scale: Tensor, stats: bool, margin: Margin, smoothing: float) -> int:
     grad = torch.is_grad_enabled()
-    wanted = {
-        Want.STATS: stats or "hard_mean" in margin.needs,
-        Want.SUM: smoothing > 0 or "sum_u" in margin.needs,
-        Want.DX: grad and embeddings.requires_grad,
-        Want.DSCALE: grad and scale.requires_grad,
-        Want.DW: grad and weight.requires_grad,
-    }
-    return sum(int(flag) for flag, asked in wanted.items() if asked)
+    wanted = (
+        (Want.STATS, stats or "hard_mean" in margin.needs),
+        (Want.SUM, smoothing > 0 or "sum_u" in margin.needs),
+        (Want.DX, grad and embeddings.requires_grad),
+        (Want.DSCALE, grad and scale.requires_grad),
+        (Want.DW, grad and weight.requires_grad),
+    )
+    return sum(flag for flag, asked in wanted if asked)

@@ -21,8 +21,7 @@ from .margins.forms import Forms
 from .spec import SPEC_SCHEMA, Aux, Need, Rows, Spec, Want, acc_dtype
 
 _INPUTS = "Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor? tau, Tensor? bias, Tensor? index, Tensor rule_args"
-_NUM_INPUTS = 8
-_LOSS_INPUTS = 5
+_NUM_INPUTS, _LOSS_INPUTS, _BACKWARD_INPUTS = 8, 5, 16  # tensors before the spec's fields in a schema
 
 _library = torch.library.Library("fused_margin", "DEF")
 _library.define(f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {SPEC_SCHEMA}) -> Tensor")
@@ -78,10 +77,10 @@ def sweep(
     delivery: Delivery = _AS_THEY_ARE,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(red, cos_y, sum_u [B], aux [6, B]) of one sweep; see the head of this file and `Spec`."""
-    args = (x, w, labels, scale, tau, bias, index, rule_args, *spec)
-    if delivery is not _AS_THEY_ARE and _asks_for_gradients(*args, delivery.rows):
-        return _Sweep.apply(*args, delivery, delivery.rows)[:4]
-    return _sweep(*args)[:4]
+    inputs = (x, w, labels, scale, tau, bias, index, rule_args)
+    if delivery is not _AS_THEY_ARE and _asks_for_gradients(*inputs, delivery.rows):
+        return _Sweep.apply(*inputs, spec, delivery, delivery.rows)[:4]
+    return _sweep(*inputs, *spec)[:4]
 
 
 def sweep_loss(
@@ -98,9 +97,12 @@ def sweep_loss(
 
     loss_reduction: "none", for [B] with 0 in ignored rows; "sum"; "mean", over the rows that are not ignored.
     """
-    run = _sweep_loss_autograd if _plain(x, w, labels, scale) else _sweep_loss
-    loss, rows, aux, *_ = run(x, w, labels, scale, rule_args, *spec, forms.packed(), loss_reduction)
-    return loss, rows, aux
+    tensors, options = (x, w, labels, scale, rule_args), (forms.packed(), loss_reduction)
+    if not _plain(x, w, labels, scale):
+        return _sweep_loss(*tensors, *spec, *options)[:3]
+    if _asks_for_gradients(x, w, scale):
+        return _SweepLoss.apply(_run_sweep_loss, *tensors, spec, *options)[:3]
+    return _run_sweep_loss(*tensors, spec, *options)[:3]
 
 
 def _plain(*tensors: Tensor) -> bool:
@@ -117,25 +119,23 @@ def _plain(*tensors: Tensor) -> bool:
     )
 
 
-def _run_target_cosine(x, w, labels, index, *fields):
-    spec = Spec(*fields)
+def _run_target_cosine(x, w, labels, index, spec):
     return BACKENDS[spec.backend].target_cosine(x, w, labels, index, spec)
 
 
 def _run_sweep(*args):
-    spec = Spec(*args[_NUM_INPUTS:])
-    return _with_kept(BACKENDS[spec.backend].sweep(*args[:_NUM_INPUTS], spec), spec)
+    *_, spec = args
+    return _with_kept(BACKENDS[spec.backend].sweep(*args), spec)
 
 
 def _run_sweep_backward(*args):
-    *tensors, kept = args[: -1 - len(Spec._fields)]
-    spec = Spec(*args[-1 - len(Spec._fields) : -1])
-    return BACKENDS[spec.backend].sweep_backward(*tensors, *([kept] if _keeps(spec) else []), spec, args[-1])
+    *tensors, kept, spec, need = args
+    return BACKENDS[spec.backend].sweep_backward(*tensors, *([kept] if _keeps(spec) else []), spec, need)
 
 
 def _run_sweep_loss(*args):
-    spec = Spec(*args[_LOSS_INPUTS:-2])
-    return _with_kept(BACKENDS[spec.backend].sweep_loss(*args[:_LOSS_INPUTS], spec, *args[-2:]), spec)
+    spec = args[_LOSS_INPUTS]
+    return _with_kept(BACKENDS[spec.backend].sweep_loss(*args), spec)
 
 
 def _keeps(spec: Spec) -> bool:
@@ -147,10 +147,16 @@ def _with_kept(out, spec):
     return out if _keeps(spec) else (*out, out[0].new_empty(0))
 
 
-_library.impl("target_cosine", _run_target_cosine, "CompositeExplicitAutograd")
-_library.impl("sweep", _run_sweep, "CompositeExplicitAutograd")
-_library.impl("sweep_loss", _run_sweep_loss, "CompositeExplicitAutograd")
-_library.impl("sweep_backward", _run_sweep_backward, "CompositeExplicitAutograd")
+def _implement(name: str, function: Callable, tensors: int, key: str = "CompositeExplicitAutograd") -> None:
+    """Registers a function that takes a spec after so many tensors, where a schema lists the spec's fields."""
+    end = tensors + len(Spec._fields)
+    _library.impl(name, lambda *args: function(*args[:tensors], Spec(*args[tensors:end]), *args[end:]), key)
+
+
+_implement("target_cosine", _run_target_cosine, 4)
+_implement("sweep", _run_sweep, _NUM_INPUTS)
+_implement("sweep_loss", _run_sweep_loss, _LOSS_INPUTS)
+_implement("sweep_backward", _run_sweep_backward, _BACKWARD_INPUTS)
 
 
 def _kept_size(x, w, index, spec):
@@ -199,14 +205,12 @@ class _Sweep(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *args):
-        *args, ctx.delivery, _ = args
-        with torch._C._AutoDispatchBelowAutograd():
-            output = _sweep(*args)
+        *inputs, ctx.spec, ctx.delivery, _ = args
+        output = _sweep_below(*inputs, ctx.spec)
         red, _, _, aux, o_red, o_sum, kept = output
-        ctx.spec = Spec(*args[_NUM_INPUTS:])
         ctx.mark_non_differentiable(aux, o_red, o_sum, kept)
         ctx.set_materialize_grads(False)  # zeros of the size of each output
-        ctx.save_for_backward(*args[:_NUM_INPUTS], red, aux, o_red, o_sum, kept)
+        ctx.save_for_backward(*inputs, red, aux, o_red, o_sum, kept)
         return output
 
     @staticmethod
@@ -220,10 +224,10 @@ class _SweepLoss(torch.autograd.Function):
     """The same for `sweep_loss`, which leaves its own slopes by red, by the target's cosine and by the scale."""
 
     @staticmethod
-    def forward(ctx, *args):
-        output = _sweep_loss_below(*args)
+    def forward(ctx, run, *args):
+        output = run(*args)
         _, rows, aux, o_red, kept = output
-        ctx.spec = Spec(*args[_LOSS_INPUTS:-2])
+        ctx.spec = args[_LOSS_INPUTS]
         ctx.mark_non_differentiable(rows, aux, o_red, kept)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*args[:_LOSS_INPUTS], rows, aux, o_red, kept)
@@ -232,26 +236,31 @@ class _SweepLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_):
         if g is None:  # nobody's loss came from this one
-            return (None,) * (_LOSS_INPUTS + len(Spec._fields) + 2)
+            return (None,) * 9
         x, w, labels, scale, rule_args, rows, aux, o_red, kept = ctx.saved_tensors
-        row, asked = Rows(*rows.unbind()), ctx.needs_input_grad
+        row, (_, of_x, of_w, _, of_scale, *_) = Rows(*rows.unbind()), ctx.needs_input_grad
         inputs = (x, w, labels, scale, row.tau, None, None, rule_args, row.red, aux, o_red, o_red.new_empty(0), kept)
         upstream = (g * row.by_red, g * row.by_cos_y, torch.zeros_like(row.by_red))
-        d_x, d_w, d_scale, _ = _gradients(ctx.spec, upstream, inputs, (asked[0], asked[1], asked[3], False))
-        if asked[3]:
+        d_x, d_w, d_scale, _ = _gradients(ctx.spec, upstream, inputs, (of_x, of_w, of_scale, False))
+        if of_scale:
             d_scale = d_scale + (g * row.by_scale).to(d_scale.dtype)
-        return (d_x, d_w, None, d_scale, *(None for _ in range(len(Spec._fields) + 3)))
+        return None, d_x, d_w, None, d_scale, None, None, None, None
 
 
-def _asks_for_gradients(*args):
-    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+def _asks_for_gradients(*tensors):
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _sweep_below(*args):
+    *inputs, spec = args
+    with torch._C._AutoDispatchBelowAutograd():
+        return _sweep(*inputs, *spec)
 
 
 def _sweep_autograd(*args):
     if _asks_for_gradients(*args[:_NUM_INPUTS]):
         return _Sweep.apply(*args, _AS_THEY_ARE, None)
-    with torch._C._AutoDispatchBelowAutograd():
-        return _sweep(*args)
+    return _sweep_below(*args)
 
 
 def _backward(ctx, inputs, upstream):
@@ -259,7 +268,7 @@ def _backward(ctx, inputs, upstream):
     asked = [ctx.needs_input_grad[i] or (i == 0 and of_rows) for i in (0, 1, 3, 5)]
     d_x, d_w, d_scale, d_bias = _gradients(ctx.spec, upstream, inputs, asked, ctx.delivery)
     d_rows, d_x = (d_x, None) if of_rows else (None, d_x)
-    return (d_x, d_w, None, d_scale, None, d_bias, None, None, *(None for _ in Spec._fields), None, d_rows)
+    return d_x, d_w, None, d_scale, None, d_bias, None, None, None, None, d_rows
 
 
 def _gradients(spec, upstream, inputs, asked, delivery=_AS_THEY_ARE):
@@ -272,14 +281,15 @@ def _gradients(spec, upstream, inputs, asked, delivery=_AS_THEY_ARE):
     parameter = deferred.home(w) if asked[1] else None  # whose optimizer runs the dW sweep itself
     now = [wanted and (k != 1 or parameter is None) for k, wanted in enumerate(asked)]
     need = sum(int(flag) for flag, wanted in zip((Need.X, Need.W, Need.SCALE, Need.BIAS), now, strict=True) if wanted)
-    run = _run_sweep_backward if _plain(*upstream, inputs[0], inputs[1]) else _sweep_backward
+    plain = _plain(*upstream, inputs[0], inputs[1])
+    run, given = (_run_sweep_backward, [spec]) if plain else (_sweep_backward, spec)
     if delivery.reduce is None:
-        grads = list(run(*upstream, *inputs, *spec, need))
+        grads = list(run(*upstream, *inputs, *given, need))
     else:
-        d_x, _, d_scale, _ = run(*upstream, *inputs, *spec, need & (Need.X | Need.SCALE))
+        d_x, _, d_scale, _ = run(*upstream, *inputs, *given, need & (Need.X | Need.SCALE))
         finish = delivery.reduce(d_x if asked[0] else None, d_scale if asked[2] else None)
         rest = need & (Need.W | Need.BIAS)
-        _, d_w, _, d_bias = run(*upstream, *inputs, *spec, rest) if rest else (None,) * 4
+        _, d_w, _, d_bias = run(*upstream, *inputs, *given, rest) if rest else (None,) * 4
         d_x, d_scale = finish()
         grads = [d_x, d_w, d_scale, d_bias]
     if parameter is not None:
@@ -294,15 +304,16 @@ def _gradients(spec, upstream, inputs, asked, delivery=_AS_THEY_ARE):
 
 
 def _sweep_loss_below(*args):
+    inputs, spec, options = args[:_LOSS_INPUTS], args[_LOSS_INPUTS], args[_LOSS_INPUTS + 1 :]
     with torch._C._AutoDispatchBelowAutograd():
-        return (_run_sweep_loss if _plain(*args[:_LOSS_INPUTS]) else _sweep_loss)(*args)
+        return _sweep_loss(*inputs, *spec, *options)
 
 
 def _sweep_loss_autograd(*args):
-    if torch.is_grad_enabled() and any(args[i].requires_grad for i in (0, 1, 3)):
-        return _SweepLoss.apply(*args)
+    if _asks_for_gradients(args[0], args[1], args[3]):
+        return _SweepLoss.apply(_sweep_loss_below, *args)
     return _sweep_loss_below(*args)
 
 
-_library.impl("sweep", _sweep_autograd, "Autograd")
-_library.impl("sweep_loss", _sweep_loss_autograd, "Autograd")
+_implement("sweep", _sweep_autograd, _NUM_INPUTS, "Autograd")
+_implement("sweep_loss", _sweep_loss_autograd, _LOSS_INPUTS, "Autograd")

@@ -214,7 +214,7 @@ class Calls(TorchDispatchMode):
         if func.namespace == "fused_margin":
             self.names.append(func._opname)
         if func._opname == "sweep_backward":
-            self.needs.append(Need(args[-1]))
+            self.needs.append(args[-1])
         return func(*args, **(kwargs or {}))
 
 
@@ -225,7 +225,7 @@ def test_only_needed_gradients(backend, frozen, monkeypatch):
     (x if frozen == "x" else w).requires_grad_(False)
     needs, module = [], fm.backends.BACKENDS[backend]
     backward = module.sweep_backward
-    monkeypatch.setattr(module, "sweep_backward", lambda *a: needs.append(Need(a[-1])) or backward(*a))
+    monkeypatch.setattr(module, "sweep_backward", lambda *a: needs.append(a[-1]) or backward(*a))
     margin_cross_entropy(x, w, labels, fm.NormFace(), backend=backend).backward()
     assert needs == [Need.W if frozen == "x" else Need.X]
     got, want = (w.grad, expected[1]) if frozen == "x" else (x.grad, expected[0])

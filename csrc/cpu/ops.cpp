@@ -23,22 +23,32 @@ Tensor target_cosine(Tensor x, Tensor w, Tensor labels, MaybeTensor index, int64
 }
 
 template <class T>
+Tensor make(const Tensor& like, std::initializer_list<int64_t> shape) {
+  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, kType<T>);
+}
+
+// Everything that a sweep finds, in the places of `out`, which has no workspace yet.
+template <class T>
+void run_forward(const Tensor& x, const Call<T>& call, ForwardOut<T> out) {
+  Tensor partial = make<T>(x, {forward_workspace(call.p)});
+  out.partial = partial.mutable_data_ptr<T>();
+  if constexpr (sizeof(T) == 8)
+    call.path.kernels->forward_f64(call.p, out, torch_threads());
+  else
+    call.path.kernels->forward_f32(call.p, out, torch_threads());
+}
+
+template <class T>
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_sweep(const Tensor& x, const Call<T>& call) {
   const Problem<T>& p = call.p;
-  const auto make = [&](std::initializer_list<int64_t> shape) {
-    return torch::stable::new_empty(x, std::vector<int64_t>(shape), kType<T>);
-  };
   const bool dx = p.want & kDx, sum = p.want & kSum;
-  Tensor red = make({p.batch}), sum_u = make({p.batch}), aux = make({kAuxRows, p.batch});
-  Tensor o_red = dx ? make({p.batch, p.dim}) : make({0}), o_sum = dx && sum ? make({p.batch, p.dim}) : make({0});
-  Tensor partial = make({forward_workspace(p)});
+  Tensor red = make<T>(x, {p.batch}), sum_u = make<T>(x, {p.batch}), aux = make<T>(x, {kAuxRows, p.batch});
+  Tensor o_red = dx ? make<T>(x, {p.batch, p.dim}) : make<T>(x, {0});
+  Tensor o_sum = dx && sum ? make<T>(x, {p.batch, p.dim}) : make<T>(x, {0});
   const ForwardOut<T> out{red.mutable_data_ptr<T>(), aux.mutable_data_ptr<T>(),
                           dx ? o_red.mutable_data_ptr<T>() : nullptr, dx && sum ? o_sum.mutable_data_ptr<T>() : nullptr,
-                          partial.mutable_data_ptr<T>()};
-  if constexpr (sizeof(T) == 8)
-    call.path.kernels->forward_f64(p, out, torch_threads());
-  else
-    call.path.kernels->forward_f32(p, out, torch_threads());
+                          nullptr};
+  run_forward(x, call, out);
 
   const double all_bias = std::accumulate(call.bias.begin(), call.bias.end(), 0.0);
   T* sums = sum_u.mutable_data_ptr<T>();
@@ -72,26 +82,29 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_loss(const Tensor& x, Call<T>& ca
     const Form<double> threshold = read_form(forms, 1);
     for (int64_t i = 0; i < p.batch; i++) call.tau[i] = T(target<double>(call.cos_y[i], threshold).value);
   }
-  const auto [red, cos_y, sum_u, aux, o_red, o_sum] = run_sweep(x, call);
-  Tensor rows = torch::stable::new_empty(x, {6, p.batch}, kType<T>), loss = to_tensor(x, call.cos_y.data(), p.batch);
+  const bool dx = p.want & kDx, each = loss_reduction == kNone;
+  Tensor rows = make<T>(x, {6, p.batch}), aux = make<T>(x, {kAuxRows, p.batch});
+  Tensor o_red = dx ? make<T>(x, {p.batch, p.dim}) : make<T>(x, {0}),
+         loss = each ? make<T>(x, {p.batch}) : make<T>(x, {});
   T* row = rows.template mutable_data_ptr<T>();
-  T* losses = loss.template mutable_data_ptr<T>();
-  const LossOut<T> out{losses, row, row + p.batch, row + 2 * p.batch};
-  std::copy_n(red.template const_data_ptr<T>(), p.batch, row + 3 * p.batch);
+  T* red = row + 3 * p.batch;
+  run_forward(
+      x, call,
+      {red, aux.template mutable_data_ptr<T>(), dx ? o_red.template mutable_data_ptr<T>() : nullptr, nullptr, nullptr});
   std::copy_n(call.cos_y.data(), p.batch, row + 4 * p.batch);
   std::copy_n(call.tau.data(), p.batch, row + 5 * p.batch);
+  std::vector<T> summed(each ? 0 : p.batch);
+  T* losses = each ? loss.template mutable_data_ptr<T>() : summed.data();
+  const LossOut<T> out{losses, row, row + p.batch, row + 2 * p.batch};
   const Form<double> form = read_form(forms, 0);
-  call.by_strips(
-      [&](int64_t begin, int64_t end) { lose_rows(p, form, call.cos_y.data(), row + 3 * p.batch, out, begin, end); });
-  if (loss_reduction == kNone) return {loss, rows, aux, o_red};
+  call.by_strips([&](int64_t begin, int64_t end) { lose_rows(p, form, call.cos_y.data(), red, out, begin, end); });
+  if (each) return {loss, rows, aux, o_red};
   const double sum = std::accumulate(losses, losses + p.batch, 0.0);
   const auto valid = std::count_if(p.target, p.target + p.batch, [](int64_t y) { return y != kIgnored; });
   const double share = loss_reduction == kMean ? 1.0 / double(std::max<int64_t>(valid, 1)) : 1.0;
   for (int64_t k = 0; k < 3 * p.batch; k++) row[k] = T(row[k] * share);
-  const T reduced = T(sum * share);
-  Tensor whole = torch::stable::new_empty(x, {}, kType<T>);
-  *whole.template mutable_data_ptr<T>() = reduced;
-  return {whole, rows, aux, o_red};
+  *loss.template mutable_data_ptr<T>() = T(sum * share);
+  return {loss, rows, aux, o_red};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> sweep_loss(Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor rule_args,

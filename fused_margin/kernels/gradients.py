@@ -76,10 +76,10 @@ def sweep_backward(
     given = Inputs(x, w, labels, scale, tau, bias, index, rule_args)
     up = _Upstream(g_red, g_cos_y, g_sum_u, red, aux, o_red)
     with on(x):
-        return tuned("gradient", plan(given, spec), given, lambda p: _backward(p, given, up, Need(need)))
+        return tuned("gradient", plan(given, spec), given, lambda p: _backward(p, given, up, need))
 
 
-def _backward(p: Plan, given: Inputs, up: _Upstream, need: Need) -> tuple[Tensor, ...]:
+def _backward(p: Plan, given: Inputs, up: _Upstream, need: int) -> tuple[Tensor, ...]:
     x, w, labels = given[:3]
     padded, nothing, flash = p.padded(p.backward_tile), given.new(0), up.o_red.dim() == 2
     d_x = x.new_empty(x.shape) if need & Need.X else nothing
