@@ -21,7 +21,9 @@ from .margins.forms import Forms
 from .spec import SPEC_SCHEMA, Aux, Need, Rows, Spec, Want, acc_dtype
 
 _INPUTS = "Tensor x, Tensor w, Tensor labels, Tensor scale, Tensor? tau, Tensor? bias, Tensor? index, Tensor rule_args"
-_NUM_INPUTS, _LOSS_INPUTS, _BACKWARD_INPUTS = 8, 5, 16  # tensors before the spec's fields in a schema
+# Tensors before the spec's fields in a schema.
+_COSINE_INPUTS, _NUM_INPUTS, _LOSS_INPUTS = 4, 8, 5
+_BACKWARD_INPUTS = 3 + _NUM_INPUTS + 5
 
 _library = torch.library.Library("fused_margin", "DEF")
 _library.define(f"target_cosine(Tensor x, Tensor w, Tensor labels, Tensor? index, {SPEC_SCHEMA}) -> Tensor")
@@ -98,18 +100,16 @@ def sweep_loss(
     loss_reduction: "none", for [B] with 0 in ignored rows; "sum"; "mean", over the rows that are not ignored.
     """
     tensors, options = (x, w, labels, scale, rule_args), (forms.packed(), loss_reduction)
-    if not _plain(x, w, labels, scale):
-        return _sweep_loss(*tensors, *spec, *options)[:3]
-    if _asks_for_gradients(x, w, scale):
-        return _SweepLoss.apply(_run_sweep_loss, *tensors, spec, *options)[:3]
-    return _run_sweep_loss(*tensors, spec, *options)[:3]
+    if _plain(x, w, labels, scale):
+        return _recorded_loss(_run_sweep_loss, *tensors, spec, *options)[:3]
+    return _sweep_loss(*tensors, *spec, *options)[:3]
 
 
 def _plain(*tensors: Tensor) -> bool:
     """Whether nothing but autograd wants to see an operator's call.
 
-    Then what is registered below is called as it is: a pass through the dispatcher and back into Python costs 20 us,
-    and a step would take five of them.
+    Then the functions below run without the dispatcher, and take the spec whole: a pass through the dispatcher and back
+    into Python costs 20 us, and a step would take three of them.
     """
     return (
         not torch.compiler.is_compiling()
@@ -123,19 +123,19 @@ def _run_target_cosine(x, w, labels, index, spec):
     return BACKENDS[spec.backend].target_cosine(x, w, labels, index, spec)
 
 
-def _run_sweep(*args):
-    *_, spec = args
-    return _with_kept(BACKENDS[spec.backend].sweep(*args), spec)
+def _run_sweep(*inputs_and_spec):
+    spec = inputs_and_spec[-1]
+    return _with_kept(BACKENDS[spec.backend].sweep(*inputs_and_spec), spec)
+
+
+def _run_sweep_loss(x, w, labels, scale, rule_args, spec, forms, loss_reduction):
+    found = BACKENDS[spec.backend].sweep_loss(x, w, labels, scale, rule_args, spec, forms, loss_reduction)
+    return _with_kept(found, spec)
 
 
 def _run_sweep_backward(*args):
     *tensors, kept, spec, need = args
     return BACKENDS[spec.backend].sweep_backward(*tensors, *([kept] if _keeps(spec) else []), spec, need)
-
-
-def _run_sweep_loss(*args):
-    spec = args[_LOSS_INPUTS]
-    return _with_kept(BACKENDS[spec.backend].sweep_loss(*args), spec)
 
 
 def _keeps(spec: Spec) -> bool:
@@ -153,7 +153,7 @@ def _implement(name: str, function: Callable, tensors: int, key: str = "Composit
     _library.impl(name, lambda *args: function(*args[:tensors], Spec(*args[tensors:end]), *args[end:]), key)
 
 
-_implement("target_cosine", _run_target_cosine, 4)
+_implement("target_cosine", _run_target_cosine, _COSINE_INPUTS)
 _implement("sweep", _run_sweep, _NUM_INPUTS)
 _implement("sweep_loss", _run_sweep_loss, _LOSS_INPUTS)
 _implement("sweep_backward", _run_sweep_backward, _BACKWARD_INPUTS)
@@ -221,7 +221,10 @@ class _Sweep(torch.autograd.Function):
 
 
 class _SweepLoss(torch.autograd.Function):
-    """The same for `sweep_loss`, which leaves its own slopes by red, by the target's cosine and by the scale."""
+    """The same for `sweep_loss`, which leaves its own slopes by red, by the target's cosine and by the scale.
+
+    run: `_run_sweep_loss`, or `_sweep_loss_below` where others want to see the operator.
+    """
 
     @staticmethod
     def forward(ctx, run, *args):
@@ -236,15 +239,16 @@ class _SweepLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_):
         if g is None:  # nobody's loss came from this one
-            return (None,) * 9
+            return (None,) * len(ctx.needs_input_grad)
         x, w, labels, scale, rule_args, rows, aux, o_red, kept = ctx.saved_tensors
-        row, (_, of_x, of_w, _, of_scale, *_) = Rows(*rows.unbind()), ctx.needs_input_grad
+        row = Rows(*rows.unbind())
+        _, of_x, of_w, _, of_scale, *_ = ctx.needs_input_grad
         inputs = (x, w, labels, scale, row.tau, None, None, rule_args, row.red, aux, o_red, o_red.new_empty(0), kept)
         upstream = (g * row.by_red, g * row.by_cos_y, torch.zeros_like(row.by_red))
         d_x, d_w, d_scale, _ = _gradients(ctx.spec, upstream, inputs, (of_x, of_w, of_scale, False))
         if of_scale:
             d_scale = d_scale + (g * row.by_scale).to(d_scale.dtype)
-        return None, d_x, d_w, None, d_scale, None, None, None, None
+        return None, d_x, d_w, None, d_scale, None, None, None, None  # run, x, w, labels, scale, rule_args, ...
 
 
 def _asks_for_gradients(*tensors):
@@ -268,7 +272,7 @@ def _backward(ctx, inputs, upstream):
     asked = [ctx.needs_input_grad[i] or (i == 0 and of_rows) for i in (0, 1, 3, 5)]
     d_x, d_w, d_scale, d_bias = _gradients(ctx.spec, upstream, inputs, asked, ctx.delivery)
     d_rows, d_x = (d_x, None) if of_rows else (None, d_x)
-    return d_x, d_w, None, d_scale, None, d_bias, None, None, None, None, d_rows
+    return d_x, d_w, None, d_scale, None, d_bias, None, None, None, None, d_rows  # inputs, spec, delivery, rows
 
 
 def _gradients(spec, upstream, inputs, asked, delivery=_AS_THEY_ARE):
@@ -280,16 +284,21 @@ def _gradients(spec, upstream, inputs, asked, delivery=_AS_THEY_ARE):
     w, index = inputs[1], inputs[6]
     parameter = deferred.home(w) if asked[1] else None  # whose optimizer runs the dW sweep itself
     now = [wanted and (k != 1 or parameter is None) for k, wanted in enumerate(asked)]
-    need = sum(int(flag) for flag, wanted in zip((Need.X, Need.W, Need.SCALE, Need.BIAS), now, strict=True) if wanted)
+    need = sum(flag for flag, wanted in zip((Need.X, Need.W, Need.SCALE, Need.BIAS), now, strict=True) if wanted)
     plain = _plain(*upstream, inputs[0], inputs[1])
-    run, given = (_run_sweep_backward, [spec]) if plain else (_sweep_backward, spec)
+
+    def run(need):
+        if plain:
+            return _run_sweep_backward(*upstream, *inputs, spec, need)
+        return _sweep_backward(*upstream, *inputs, *spec, need)
+
     if delivery.reduce is None:
-        grads = list(run(*upstream, *inputs, *given, need))
+        grads = list(run(need))
     else:
-        d_x, _, d_scale, _ = run(*upstream, *inputs, *given, need & (Need.X | Need.SCALE))
+        d_x, _, d_scale, _ = run(need & (Need.X | Need.SCALE))
         finish = delivery.reduce(d_x if asked[0] else None, d_scale if asked[2] else None)
         rest = need & (Need.W | Need.BIAS)
-        _, d_w, _, d_bias = run(*upstream, *inputs, *given, rest) if rest else (None,) * 4
+        _, d_w, _, d_bias = run(rest) if rest else (None,) * 4
         d_x, d_scale = finish()
         grads = [d_x, d_w, d_scale, d_bias]
     if parameter is not None:
@@ -303,16 +312,19 @@ def _gradients(spec, upstream, inputs, asked, delivery=_AS_THEY_ARE):
     return [grad if wanted else None for grad, wanted in zip(grads, asked, strict=True)]
 
 
-def _sweep_loss_below(*args):
-    inputs, spec, options = args[:_LOSS_INPUTS], args[_LOSS_INPUTS], args[_LOSS_INPUTS + 1 :]
+def _recorded_loss(run, x, w, labels, scale, *rest):
+    if _asks_for_gradients(x, w, scale):
+        return _SweepLoss.apply(run, x, w, labels, scale, *rest)
+    return run(x, w, labels, scale, *rest)
+
+
+def _sweep_loss_below(x, w, labels, scale, rule_args, spec, *options):
     with torch._C._AutoDispatchBelowAutograd():
-        return _sweep_loss(*inputs, *spec, *options)
+        return _sweep_loss(x, w, labels, scale, rule_args, *spec, *options)
 
 
 def _sweep_loss_autograd(*args):
-    if _asks_for_gradients(args[0], args[1], args[3]):
-        return _SweepLoss.apply(_sweep_loss_below, *args)
-    return _sweep_loss_below(*args)
+    return _recorded_loss(_sweep_loss_below, *args)
 
 
 _implement("sweep", _sweep_autograd, _NUM_INPUTS, "Autograd")

@@ -1,7 +1,5 @@
 """Fixtures of the suite: backends that are not there are skipped with their reason, threads are restored."""
 
-from enum import IntFlag
-
 import pytest
 import torch
 
@@ -16,7 +14,7 @@ def pytest_make_parametrize_id(val):
         return str(val).removeprefix("torch.")
     if isinstance(val, fm.Margin):
         return type(val).__name__
-    return val.name if isinstance(val, IntFlag) else None
+    return None
 
 
 def require(backend: str) -> str:

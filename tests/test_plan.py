@@ -38,12 +38,12 @@ MAKE = {
 }
 
 def sampled_step(x, w, labels, index, optimizer):  # as a sharded head does it: rows by their numbers, a sparse gradient
-    spec = Spec(num_classes=len(index), want=int(Want.DX | Want.DW), backend="cpu")
+    spec = Spec(num_classes=len(index), want=Want.DX | Want.DW, backend="cpu")
     inputs = x, w.detach(), labels, torch.full((len(x),), 16.0), None, None, index, IDENTITY.tensor(x)
     red, cos_y, sum_u, *left = torch.ops.fused_margin.sweep(*inputs, *spec)
     g = torch.ones(len(x))
     d_x, d_w, *_ = torch.ops.fused_margin.sweep_backward(
-        g, -g, 0 * g, *inputs, red, *left, *spec, int(Need.X | Need.W)
+        g, -g, 0 * g, *inputs, red, *left, *spec, Need.X | Need.W
     )
     w.grad = torch.sparse_coo_tensor(index[None], d_w, w.shape, is_coalesced=True, check_invariants=False)
     optimizer.step()

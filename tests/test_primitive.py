@@ -40,7 +40,7 @@ SMOOTH_RULES = (
     "clip",
     "power",
 )  # no jump, which float32 and the oracle may see on other sides
-ALL = int(Want.DX | Want.SUM | Want.STATS | Want.DSCALE)
+ALL = Want.DX | Want.SUM | Want.STATS | Want.DSCALE
 
 
 class Inputs:
@@ -155,13 +155,17 @@ def test_each_output_has_its_own_gradient(backend, parts):
     check(Inputs(rule="hard"), backend, parts=parts)
 
 
-@pytest.mark.parametrize("want", [Want.NONE, Want.DX, Want.SUM, Want.DX | Want.SUM, Want.DSCALE, Want.STATS])
+@pytest.mark.parametrize(
+    "want",
+    [Want.NONE, Want.DX, Want.SUM, Want.DX | Want.SUM, Want.DSCALE, Want.STATS],
+    ids=["NONE", "DX", "SUM", "DX+SUM", "DSCALE", "STATS"],
+)
 def test_outputs_on_request(backend, want):
     """What is not wanted disturbs nothing: red, cos_y and the gradients that can be had are right."""
     inputs = Inputs(rule="hard")
     inputs.leaves["x"].requires_grad_(bool(want & Want.DX))
     inputs.leaves["scale"].requires_grad_(bool(want & Want.DSCALE))
-    got = inputs.run(backend, want=int(want))
+    got = inputs.run(backend, want=want)
     exact, exact_leaves = inputs.exact()
     found, expected = outputs(*got), expected_outputs(exact)
     wanted = ["red", "cos_y"] + ["sum_u"] * bool(want & Want.SUM)
@@ -307,7 +311,7 @@ def sweep_args(backend, rule, dtype=torch.float64, **changes):
 
 OPCHECKED = {  # rules, and what changes of the spec
     "identity": {},
-    "hard": {"want": int(Want.DX | Want.DSCALE)},
+    "hard": {"want": Want.DX | Want.DSCALE},
     "circle": {"reduction": "softplus"},
 }
 

@@ -188,8 +188,13 @@ auto by_type(const Tensor& x, F f) {
 }
 
 template <class T>
+Tensor make(const Tensor& like, std::initializer_list<int64_t> shape, ScalarType type = kType<T>) {
+  return torch::stable::new_empty(like, shape, type);
+}
+
+template <class T>
 Tensor to_tensor(const Tensor& like, const T* values, int64_t n) {
-  Tensor t = torch::stable::new_empty(like, {n}, kType<T>);
+  Tensor t = make<T>(like, {n});
   std::copy_n(values, n, t.mutable_data_ptr<T>());
   return t;
 }

@@ -22,11 +22,6 @@ Tensor target_cosine(Tensor x, Tensor w, Tensor labels, MaybeTensor index, int64
   });
 }
 
-template <class T>
-Tensor make(const Tensor& like, std::initializer_list<int64_t> shape) {
-  return torch::stable::new_empty(like, {shape.begin(), shape.size()}, kType<T>);
-}
-
 // Everything that a sweep finds, in the places of `out`, which has no workspace yet.
 template <class T>
 void run_forward(const Tensor& x, const Call<T>& call, ForwardOut<T> out) {
@@ -46,8 +41,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> run_sweep(const Tenso
   Tensor o_red = dx ? make<T>(x, {p.batch, p.dim}) : make<T>(x, {0});
   Tensor o_sum = dx && sum ? make<T>(x, {p.batch, p.dim}) : make<T>(x, {0});
   const ForwardOut<T> out{red.mutable_data_ptr<T>(), aux.mutable_data_ptr<T>(),
-                          dx ? o_red.mutable_data_ptr<T>() : nullptr, dx && sum ? o_sum.mutable_data_ptr<T>() : nullptr,
-                          nullptr};
+                          dx ? o_red.mutable_data_ptr<T>() : nullptr,
+                          dx && sum ? o_sum.mutable_data_ptr<T>() : nullptr};
   run_forward(x, call, out);
 
   const double all_bias = std::accumulate(call.bias.begin(), call.bias.end(), 0.0);
@@ -86,23 +81,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> run_loss(const Tensor& x, Call<T>& ca
   Tensor rows = make<T>(x, {6, p.batch}), aux = make<T>(x, {kAuxRows, p.batch});
   Tensor o_red = dx ? make<T>(x, {p.batch, p.dim}) : make<T>(x, {0}),
          loss = each ? make<T>(x, {p.batch}) : make<T>(x, {});
-  T* row = rows.template mutable_data_ptr<T>();
-  T* red = row + 3 * p.batch;
-  run_forward(
-      x, call,
-      {red, aux.template mutable_data_ptr<T>(), dx ? o_red.template mutable_data_ptr<T>() : nullptr, nullptr, nullptr});
-  std::copy_n(call.cos_y.data(), p.batch, row + 4 * p.batch);
-  std::copy_n(call.tau.data(), p.batch, row + 5 * p.batch);
-  std::vector<T> summed(each ? 0 : p.batch);
-  T* losses = each ? loss.template mutable_data_ptr<T>() : summed.data();
-  const LossOut<T> out{losses, row, row + p.batch, row + 2 * p.batch};
+  T* row[6];  // as spec.Rows has them
+  for (int64_t k = 0; k < 6; k++) row[k] = rows.template mutable_data_ptr<T>() + k * p.batch;
+  T *red = row[3], *o = dx ? o_red.template mutable_data_ptr<T>() : nullptr;
+  run_forward(x, call,
+              {red, aux.template mutable_data_ptr<T>(), o, nullptr});  // without o_sum: no loss here has a sum_u
+  std::copy_n(call.cos_y.data(), p.batch, row[4]);
+  std::copy_n(call.tau.data(), p.batch, row[5]);
+  std::vector<T> row_losses(each ? 0 : p.batch);  // of which only the sum leaves
+  T* losses = each ? loss.template mutable_data_ptr<T>() : row_losses.data();
+  const LossOut<T> out{losses, row[0], row[1], row[2]};
   const Form<double> form = read_form(forms, 0);
   call.by_strips([&](int64_t begin, int64_t end) { lose_rows(p, form, call.cos_y.data(), red, out, begin, end); });
   if (each) return {loss, rows, aux, o_red};
   const double sum = std::accumulate(losses, losses + p.batch, 0.0);
   const auto valid = std::count_if(p.target, p.target + p.batch, [](int64_t y) { return y != kIgnored; });
   const double share = loss_reduction == kMean ? 1.0 / double(std::max<int64_t>(valid, 1)) : 1.0;
-  for (int64_t k = 0; k < 3 * p.batch; k++) row[k] = T(row[k] * share);
+  for (int64_t k = 0; k < 3 * p.batch; k++) row[0][k] = T(row[0][k] * share);  // the three slopes
   *loss.template mutable_data_ptr<T>() = T(sum * share);
   return {loss, rows, aux, o_red};
 }
@@ -162,13 +157,8 @@ std::tuple<Tensor, Tensor, Tensor> run_backward(const Tensor& x, Tensor& d_w, co
   const Upstream<T> upstream(call, up);
   const BackwardIn<T>& in = upstream.in;
 
-  const auto make = [&](bool needed, std::initializer_list<int64_t> shape, ScalarType type) {
-    return torch::stable::new_empty(x, needed ? std::vector<int64_t>(shape) : std::vector<int64_t>{0},
-                                    needed ? type : kType<T>);
-  };
-  Tensor d_x = make(need & kX, {p.batch, p.dim}, x.scalar_type());
-  Tensor d_scale = make(need & kScale, {p.batch}, kType<T>);
-  Tensor d_bias = make(need & kBias, {p.classes}, kType<T>);
+  Tensor d_x = need & kX ? make<T>(x, {p.batch, p.dim}, x.scalar_type()) : make<T>(x, {0});
+  Tensor d_scale = make<T>(x, {need & kScale ? p.batch : 0}), d_bias = make<T>(x, {need & kBias ? p.classes : 0});
   if (need & kX) {
     const auto pointer = [](const Tensor& o) { return o.dim() == 2 ? o.const_data_ptr<T>() : nullptr; };
     call.by_strips([&](int64_t begin, int64_t end) {

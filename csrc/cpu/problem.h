@@ -62,10 +62,10 @@ struct Problem {
 
 template <class T>
 struct ForwardOut {
-  T* red;            // [batch]
-  T* aux;            // [kAuxRows, batch], the rows of spec.Aux
-  T *o_red, *o_sum;  // [batch, dim] or null
-  T* partial;        // forward_workspace() elements
+  T* red;                // [batch]
+  T* aux;                // [kAuxRows, batch], the rows of spec.Aux
+  T *o_red, *o_sum;      // [batch, dim] or null
+  T* partial = nullptr;  // forward_workspace() elements
 };
 
 template <class T>

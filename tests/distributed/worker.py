@@ -4,6 +4,7 @@ import datetime
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 import torch
@@ -86,10 +87,15 @@ def main(job: str, folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
-    # No finalization of the interpreter: DDP and DTensor keep gloo's threads alive beyond destroy_process_group, and
-    # one that drops a tensor in that time aborts the process, with "terminate called without an active exception"
-    # (pytorch/pytorch#190489). What is tested here is done.
+    try:
+        main(*sys.argv[1:])
+        status = 0
+    except Exception:
+        traceback.print_exc()
+        status = 1
+    # No finalization of the interpreter: gloo's threads are alive in it, whether destroy_process_group was not reached
+    # or DDP and DTensor hold the group beyond it, and one that then drops a tensor aborts the process, with "terminate
+    # called without an active exception" (pytorch/pytorch#190489).
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)

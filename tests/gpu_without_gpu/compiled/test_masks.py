@@ -17,7 +17,7 @@ from ..fake_driver import recorded
 from ..resources import ARCHES, STEPS, SWEEPING
 from ..steps import emulated, shaped_step
 
-FORMS = {"flash": int(Want.DX | Want.STATS | Want.DSCALE), "chunk": ALL}
+FORMS = {"flash": Want.DX | Want.STATS | Want.DSCALE, "chunk": ALL}
 OPERANDS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CASES = [
     (arch, operands, form)

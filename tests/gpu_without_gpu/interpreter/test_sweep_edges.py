@@ -144,7 +144,7 @@ def test_masks_are_decided_alike_in_both_directions(operands, ahead):
     bias.data.zero_()
     scale, args, given = torch.full((BATCH,), 30.0), torch.tensor([1.2, 0.2]), spec(rule="hard", compute_dtype=operands)
     run = lambda tau, given: ops.sweep(x, w, sweep.labels, scale, tau, bias, None, args, given)  # noqa: E731
-    stats = given._replace(want=int(Want.DX | Want.STATS))
+    stats = given._replace(want=Want.DX | Want.STATS)
     unmasked, _, _, aux = run(torch.full((BATCH,), 2.0), stats)
     best = Aux(*aux).best
     red, _, _, aux = run(torch.nextafter(best, best - 1) if ahead else best, stats)
@@ -250,7 +250,7 @@ def test_tuning_tells_problems_apart(monkeypatch):
     every = len(tune.CANDIDATES) + 1
     assert count("sweep", "chunk") == count("gradient", "chunk") == every
     assert count("sweep", "chunk") == 0
-    assert count("sweep", "chunk", want=int(Want.DX | Want.DSCALE)) == every
+    assert count("sweep", "chunk", want=Want.DX | Want.DSCALE) == every
     assert count("sweep", "chunk", reduction="softplus") == every
     assert count("sweep", "chunk", bias=torch.zeros(CLASSES)) == every
     as_in_the_forward = {(tile.rows, tile.stages) for tile in (device().half.sweep, *tune.CANDIDATES)}
