@@ -207,6 +207,13 @@ def test_tables_are_those_of_the_results(document):
     assert again == text, f"python -m bench.table --write {document}"
 
 
+@pytest.mark.parametrize("kind", ["amx", "avx2"])
+def test_tables_of_other_processors_are_those_of_their_results(kind):
+    text = (results.ROOT / "docs/performance.md").read_text()
+    own = results.read(results.FOLDER / f"cpu-{kind}.csv")
+    assert table.filled(text, *own, kind) == text, f"python -m bench.table bench/results/cpu-{kind}.csv --kind {kind}"
+
+
 def test_every_lost_row_has_its_reason():
     assert reasons.UNKNOWN not in table.summary(results.read(COMMITTED)[1])
 
