@@ -9,8 +9,10 @@ import pytest
 import torch
 
 import fused_margin as fm
+from fused_margin import ops
 from fused_margin.functional import margin_cross_entropy
 from fused_margin.margins.forms import KINDS, Form, Forms, forms_of
+from fused_margin.spec import Rows, Spec
 
 from .test_promises import data as single
 
@@ -71,6 +73,19 @@ def test_kernel_and_python_agree(name, gradient):
         kernel, python = (run(m, *inputs, 20.0, reduction=reduction) for m in (margin, by_torch(margin)))
         for found, expected in zip(kernel, python, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
+def test_the_threshold_is_not_the_target():
+    """Each has a form, though the margins above have the same one twice."""
+    (x, w, labels), rule = circle(), fm.SVSoftmax(1.2).rule()
+    x, w, scale = x.detach(), w.detach(), torch.full((len(x),), 20.0, dtype=x.dtype)
+    spec = Spec(rule.name, compute_dtype=x.dtype, num_classes=len(w), backend=BACKEND)
+    forms = Forms(Form("angle", m2=0.4), Form(m3=0.3))
+    rows = Rows(*ops.sweep_loss(x, w, labels, scale, rule.tensor(x), spec, forms, "mean")[1])
+    tau = rows.cos_y - 0.3
+    torch.testing.assert_close(rows.tau, tau, rtol=0, atol=1e-15)
+    red = ops.sweep(x, w, labels, scale, tau, None, None, rule.tensor(x), spec)[0]
+    torch.testing.assert_close(rows.red, red, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("name", ["arcface_linear", "sv_arcface", "combined_clamp", "sphereface_1.7"])
