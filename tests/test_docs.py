@@ -30,7 +30,8 @@ def test_readme_snippets_run(capsys):
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/losses.md", "docs/adding_a_loss.md", "docs/partial_fc.md", "csrc/README.md"]
+    "document",
+    ["README.md", "CONTRIBUTING.md", "docs/losses.md", "docs/adding_a_loss.md", "docs/partial_fc.md", "csrc/README.md"],
 )
 def test_links_lead_somewhere(document):
     path = ROOT / document
