@@ -250,24 +250,30 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
   }
 }
 
-// o [dim] of one row: the splits' shares, each times its factor, added in order.
+// o [batch, dim] of the rows [begin, end): the splits' shares, each times its factor, added in order. A strip of all rows
+// lies together in a share, so that one follows the other.
 template <class T, class Of, class Factor>
-void merge_shares(const Problem<T>& p, int64_t splits, int64_t i, const Of& share_of, const Factor& factor, T* o) {
-  for (int64_t s = 0; s < splits; s++) {
-    const Share<T> share = share_of(s);
-    const T f = factor(s);
-    for (int64_t strip = 0; strip < share.strips; strip++) {
-      const T* in = share.at(i, strip);
-      T* out = o + strip * share.width;
-      const int64_t n = std::min(share.width, p.dim - strip * share.width);
-      for (int64_t d = 0; d < n; d++) out[d] = (s ? out[d] : T(0)) + f * in[d];
+void merge_shares(const Problem<T>& p, int64_t splits, int64_t begin, int64_t end, const Of& share_of,
+                  const Factor& factor, T* o) {
+  constexpr int64_t width = Share<T>::width, vectors = width / kLanes<T>;
+  for (int64_t d = 0; d < p.dim; d += width)
+    for (int64_t i = begin; i < end; i++) {
+      T* out = o + i * p.dim + d;
+      Vec<T> sums[vectors] = {};
+      for (int64_t s = 0; s < splits; s++) {
+        const T f = factor(i, s), *in = share_of(s).at(i, d / width);
+        FM_UNROLL for (int v = 0; v < vectors; v++) sums[v] += f * load(in + v * kLanes<T>);
+      }
+      T sum[width];
+      T* to = d + width <= p.dim ? out : sum;
+      for (int v = 0; v < vectors; v++) store(to + v * kLanes<T>, sums[v]);
+      if (to == sum) std::copy_n(sum, p.dim - d, out);
     }
-  }
 }
 
-// Adds the splits of one row, in order.
+// Adds the splits of one row, in order. factors [splits]: what their shares of o_red are to be multiplied with.
 template <class T>
-void merge_row(const Problem<T>& p, int64_t splits, int64_t i, const ForwardOut<T>& out) {
+void merge_row(const Problem<T>& p, int64_t splits, int64_t i, const ForwardOut<T>& out, T* factors) {
   const auto partial = [&](int64_t split) { return partial_of(p, out.partial, split); };
   const auto state = [&](int64_t split, int64_t k) { return partial(split).state[k * p.padded + i]; };
   const bool soft = p.reduction == Reduction::softplus;
@@ -294,13 +300,23 @@ void merge_row(const Problem<T>& p, int64_t splits, int64_t i, const ForwardOut<
   const T low = sum == 0 ? T(0) : T(red - out.red[i]);
   const T row[kAuxRows] = {best, T(count), T(masked), T(mean_v / whole), T(sum_v), low};
   for (int64_t k = 0; k < kAuxRows; k++) out.aux[k * p.batch + i] = row[k];
+  for (int64_t s = 0; s < splits; s++) factors[s] = T(factor(s) / whole);
+}
+
+template <class T>
+void merge_rows(const Problem<T>& p, int64_t splits, int64_t begin, int64_t end, const ForwardOut<T>& out) {
+  const auto memory = make_lines<T>((end - begin) * splits);
+  T* factors = memory.get();
+  for (int64_t i = begin; i < end; i++) merge_row(p, splits, i, out, factors + (i - begin) * splits);
+  const auto partial = [&](int64_t split) { return partial_of(p, out.partial, split); };
   if (out.o_red)
-    merge_shares<T>(
-        p, splits, i, [&](int64_t s) { return partial(s).o_red; }, [&](int64_t s) { return T(factor(s) / whole); },
-        out.o_red + i * p.dim);
+    merge_shares(
+        p, splits, begin, end, [&](int64_t s) { return partial(s).o_red; },
+        [&](int64_t i, int64_t s) { return factors[(i - begin) * splits + s]; }, out.o_red);
   if (out.o_sum)
-    merge_shares<T>(
-        p, splits, i, [&](int64_t s) { return partial(s).o_sum; }, [](int64_t) { return T(1); }, out.o_sum + i * p.dim);
+    merge_shares(
+        p, splits, begin, end, [&](int64_t s) { return partial(s).o_sum; }, [](int64_t, int64_t) { return T(1); },
+        out.o_sum);
 }
 
 template <class T>
@@ -320,7 +336,6 @@ void forward(const Problem<T>& p, const ForwardOut<T>& out, const Parallel& para
     const int64_t split = n / cut.groups;
     task(p, cut, n % cut.groups, split, x, partial_of(p, out.partial, split));
   });
-  parallel(div_up(p.batch, kPad), [&](int64_t strip) {
-    for (int64_t i = strip * kPad; i < std::min((strip + 1) * kPad, p.batch); i++) merge_row(p, cut.splits, i, out);
-  });
+  parallel(div_up(p.batch, kPad),
+           [&](int64_t strip) { merge_rows(p, cut.splits, strip * kPad, std::min((strip + 1) * kPad, p.batch), out); });
 }

@@ -44,8 +44,13 @@ struct PackedRows {
     constexpr int64_t P = kPanel<T>;
     const T* x = p.x_hat + first * p.dim;
     T* out = columns.get() + first * depth;
-    for (int64_t d = 0; d < depth; d++)
-      for (int64_t i = 0; i < P; i++) out[d * P + i] = d < p.dim ? x[i * p.dim + d] : T(0);
+    for (int64_t begin = 0; begin < depth; begin += kLanes<T>) {  // a line of a row at a time, not a number of each
+      const int64_t end = std::min(begin + kLanes<T>, p.dim);
+      for (int64_t i = 0; i < P; i++) {
+        for (int64_t d = begin; d < end; d++) out[d * P + i] = x[i * p.dim + d];
+        for (int64_t d = std::max(begin, end); d < begin + kLanes<T>; d++) out[d * P + i] = 0;
+      }
+    }
     for (int64_t i = 0; i < P && rows; i++) pack_row(x + i * p.dim, p.dim, p.padded, rows.get() + (first + i) * P);
   }
 
