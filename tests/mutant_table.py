@@ -177,7 +177,7 @@ MUTANTS = [
         "csrc/cpu/vec.h",
         ("kernel_half_of_a_norm", "Vec<double>) + __builtin_convertvector(halves[1], Vec<double>)", "Vec<double>)"),
     ),
-    *_in(  # where the CPU has AMX, or products of bfloat16 for the second and the third
+    *_in(  # where the CPU has AMX, or AVX-512 with bfloat16
         "csrc/cpu/tiles.h",
         ("kernel_product_of_pieces_lost", "pieces == 1 ? 1 : 6;", "pieces == 1 ? 1 : 5;"),
         ("kernel_depth_begins_anew", "add || step, meanwhile);", "add, meanwhile);"),
@@ -194,7 +194,7 @@ MUTANTS = [
         ("kernel_tile_lost", "(split + 1) / cut.splits", "(split + 1) / cut.splits - (split + 1 < cut.splits)"),
         ("kernel_exponent_rounded", "exponential(shifted + K * T(2.121944400546905e-4))", "exponential(shifted)"),
         ("kernel_bias_forgotten", "scale * n.value + t.bias[j]", "scale * n.value"),
-        ("kernel_next_tile_too_early", "if (block + columns == last) queue", "queue"),  # where the CPU has AMX
+        ("kernel_next_tile_too_early", "if (block + columns == last) queue", "queue"),
     ),
     *_in(
         "csrc/cpu/backward.h",

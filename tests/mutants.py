@@ -1,7 +1,8 @@
 """Planted errors: each one must make the suite fail.  python -m tests.mutants [NAME ...]
 
 Copies the tree to a temporary directory, edits one text of one file there, rebuilds the extension if that is C++, and
-runs the quick tests until one fails. Ends with 1 if an error survives, or if its place is not found exactly once.
+runs the quick tests until one fails; on a CPU without AMX on the AMX build too, where that can be emulated. Ends with 1
+if an error survives, or if its place is not found exactly once.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from . import amx_without_amx
 from .mutant_table import MUTANTS, TRITON_MUTANTS, Mutant
 
 ROOT = Path(__file__).parent.parent
@@ -70,14 +72,14 @@ class Verdict(NamedTuple):
     seconds: float
 
 
-def run(command: list[str], tree: Path) -> subprocess.CompletedProcess:
-    env = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
+def run(command: list[str], tree: Path, **env: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"} | env
     return subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True)
 
 
-def build(tree: Path) -> str:
+def build(tree: Path, **env: str) -> str:
     """Compiles what changed; the compiler's errors, or ""."""
-    done = run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], tree)
+    done = run([sys.executable, "setup.py", "-q", "build_ext", "--force", "--inplace"], tree, **env)
     errors = re.findall(r".*error.*", done.stdout + done.stderr)
     return "" if done.returncode == 0 else "does not build: " + (errors[0] if errors else done.stderr[-200:])
 
@@ -118,6 +120,9 @@ def judge(tree: Path, mutant: Mutant, selection: list[str]) -> Verdict:
         if not problem and mutant.file.startswith("csrc/"):
             problem = build(tree)
         how = problem or first_failure(tree, selection)
+        if not how and mutant.file.startswith("csrc/cpu/") and not amx_without_amx.why_not():
+            problem = build(tree, **amx_without_amx.BUILD)  # the error may be in what only a CPU with AMX runs
+            how = problem or first_failure(tree, selection)
     return Verdict(bool(how) and not problem, how or "SURVIVED", time.monotonic() - start)
 
 
@@ -134,6 +139,7 @@ def copy_of_the_tree() -> Iterator[Path]:
 def survey(mutants: list[Mutant], selection: list[str], check_first: bool = True) -> int:
     """Plants each of the errors in turn and prints what became of it; the number that were not caught."""
     width = max(len(m.name) for m in mutants)
+    mutants = sorted(mutants, key=lambda m: m.file.startswith("csrc/"))  # last: an extension stays as it was built
     missed = 0
     with copy_of_the_tree() as tree:
         if any(m.file.startswith("csrc/") for m in mutants):
