@@ -33,6 +33,7 @@ from fused_margin.spec import Need, Spec, Want
 from .cases import Case
 from .heads import FUSED_MARGINS, OWN, Peers, Run, inputs_of
 from .results import machine
+from .table import seconds
 
 CASES = [Case(64, 1_000), Case(128, 100_000), Case(512, 100_000), Case(128, 1_000_000)]
 # The first pattern that is found in a sample's "library function" names its part.
@@ -143,7 +144,7 @@ def overhead(least: float = 1.0) -> dict[str, float]:
 def table(measured: list[tuple[Case, float, dict[str, float]]]) -> str:
     head = [f"{case.batch} x {case.classes:,}" for case, _, _ in measured]
     lines = [f"| part | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
-    lines.append(f"| a step | {' | '.join(f'{seconds * 1e3:,.3g} ms' for _, seconds, _ in measured)} |")
+    lines.append(f"| a step | {' | '.join(seconds(taken) for _, taken, _ in measured)} |")
     for name, _ in PARTS:
         lines.append(f"| {name} | {' | '.join(f'{found[name]:.1f} %' for _, _, found in measured)} |")
     return "\n".join(lines)

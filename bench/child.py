@@ -80,23 +80,24 @@ def warm_up(case: Case, name: str, peers: Peers, longest: float) -> None:
 def peak_bytes(case: Case, name: str, peers: Peers) -> int | None:
     """The peak of one step beyond inputs and weights."""
     run = _build(case, name, peers)
-    if METHODS[name].compiles:
+    made = 0  # by the first step, and there to stay: it counts as made by the step that is measured
+    if METHODS[name].compiles or run.optimizer is not None:
         run()
         run.clear()
-        if run.optimizer is not None:
-            run.optimizer.state.clear()  # the momentum counts as made by the step that is measured
+    if run.optimizer is not None:
+        made = sum(t.nbytes for s in run.optimizer.state.values() for t in s.values() if isinstance(t, torch.Tensor))
     _tidy()
     if case.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+        return made + torch.cuda.max_memory_allocated() - before
     peak = PeakMemory()
     before = peak.restart()
     run()
     after = peak.read()
-    return None if before is None or after is None else max(after - before, 0)
+    return None if before is None or after is None else made + max(after - before, 0)
 
 
 def memory_job(case: Case, job: dict[str, Any], emit: Emit) -> None:

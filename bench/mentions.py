@@ -9,21 +9,23 @@ from pathlib import Path
 
 from . import ROOT, cases, results
 from .methods import check_names
-from .table import SECTION
+from .table import ANY_SECTION
 
 _COMMAND = re.compile(r"-m (bench(?:\.\w+)*)((?:[ \t]+(?!#)[^\s`;&|]+)*)")
 
 
 def documents(root: Path = ROOT) -> list[Path]:
     """What may name a method."""
-    found = [root / "README.md", root / "Makefile", root / ".ci/run", root / "csrc/README.md"]
-    return [path for path in [*found, *sorted((root / "docs").glob("*.md"))] if path.exists()]
+    found = [root / "Makefile", root / ".ci/run", *sorted(root.glob("*.md"))]
+    for folder in ("bench", "csrc", "docs", "fused_margin", "tests"):
+        found += sorted((root / folder).rglob("*.md"))
+    return [path for path in found if path.exists()]
 
 
 def _options(words: str) -> Iterator[tuple[str, list[str]]]:
     """Options of a command line with their values."""
     for part in re.split(r"(?:^|\s)(?=--)", words):
-        name, *values = part.split() or [""]
+        name, *values = part.replace("=", " ", 1).split() or [""]
         if name.startswith("--"):
             yield name, [v.strip("'\"") for v in values if "$" not in v and not v.isupper()]
 
@@ -56,7 +58,7 @@ def _table_names(text: str) -> list[str]:
             in_methods = True
         elif in_methods:
             names += re.findall(r"^`([\w-]+)`$", cells[0])
-    for _, body in SECTION.findall(text):
+    for _, _, body in ANY_SECTION.findall(text):
         heads = re.findall(r"^(\|.*)\n\|[-|: ]+\|$", body, re.MULTILINE)
         names += [name for head in heads for name in re.findall(r"`([\w-]+)`", head)]
     return names

@@ -81,7 +81,7 @@ def _insightface_why_not(case: Case, peers: Peers) -> str:
     if peers.insightface is None:
         return "needs --insightface PATH, the folder recognition/arcface_torch of a clone"
     if not (Path(peers.insightface) / "partial_fc_v2.py").exists():
-        return f"no partial_fc_v2.py in {Path(peers.insightface).name}: expected the folder recognition/arcface_torch"
+        return f"no partial_fc_v2.py in {peers.insightface}: expected the folder recognition/arcface_torch"
     if case.batch < 2:
         return "it takes no batch of one"
     return "" if torch.distributed.is_available() else "this torch has no torch.distributed"

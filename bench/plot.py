@@ -157,11 +157,12 @@ def draw(header: dict[str, str], rows: list[Row], path: Path) -> dict[str, float
     logit.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     _legend(figure, time, fits)
     case = lines["fused"][-1].case
+    where = header["device"] if case.device == "cuda" else f"{case.threads} threads of {header['cpu']}"
     figure.text(
         0.012, 0.012,
-        f"ArcFace, batch {case.batch}, dimension {case.dim}, float32, {case.threads} threads of {header['cpu']}; "
-        f"torch {header['torch']}. Bands: p20 to p80. Floor: 8 x batch x dimension x classes operations at the best "
-        "rate of a matrix product, in the same run.",
+        f"ArcFace, batch {case.batch}, dimension {case.dim}, float32, {where}; "
+        f"torch {header['torch']}; commit {header['commit'][:7]}. Bands: p20 to p80. Floor: 8 x batch x dimension "
+        "x classes operations at the best rate of a matrix product, in the same run.",
         fontsize=8, color="#666666",
     )  # fmt: skip
     figure.tight_layout(rect=(0, 0.035, 1, 0.93), w_pad=2.5)

@@ -19,6 +19,7 @@ from .cases import Case
 from .stats import Spread, paired, spread
 
 FOLDER = ROOT / "bench/results"
+MEASURED = ("fused_margin", "csrc", "bench/*.py", "examples/head_cost.py")  # what decides the numbers
 SAME = ("machine", "cpu", "device", "cpu path", "torch", "fused_margin", "commit")  # must agree to go on with a file
 
 
@@ -124,7 +125,10 @@ def read(path: Path) -> tuple[dict[str, str], list[Row]]:
             header[name] = value
         else:
             lines.append(line)
-    return header, [_row(cells) for cells in csv.DictReader(lines)]
+    table = csv.DictReader(lines)
+    if lacking := [name for name in COLUMNS if name not in (table.fieldnames or [])]:
+        raise ValueError(f"{path} is no table of this bench: it has no column {', '.join(lacking)}")
+    return header, [_row(cells) for cells in table]
 
 
 def _row(cells: dict[str, str]) -> Row:
@@ -159,7 +163,7 @@ def _commit() -> str:
 
     try:
         commit = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", "fused_margin", "csrc", "bench/*.py")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
     except OSError:
         return "unknown"
     return f"{commit}{' with changes' if changed else ''}" if commit else "unknown"

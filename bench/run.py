@@ -22,6 +22,7 @@ from .results import Row
 
 Say = Callable[[str], None]
 PLAIN = Case(classes=0)  # of the axis of classes
+FEW = 3  # repeats: with fewer, the row says why
 
 
 @dataclass
@@ -38,7 +39,7 @@ class Died(RuntimeError):
     """A child ended without finishing its job."""
 
     def __init__(self, status: str, note: str) -> None:
-        super().__init__(note)
+        super().__init__(f"{status}: {note}" if note else status)
         self.status, self.note = status, note
 
 
@@ -114,7 +115,10 @@ class Bench:
         if key not in self.rates:
             self.say(f"rate of {case.dtype} products")
             job = self._job("floor", case, []) | {"budget": 0.5}
-            self.rates[key] = next(iter(list(child(job, self.limits.seconds))))["rate"]
+            try:
+                self.rates[key] = next(iter(list(child(job, self.limits.seconds))))["rate"]
+            except Died as died:
+                raise Died(died.status, f"{died.note} while the rate of products was measured".strip()) from None
         return self.rates[key]
 
     def measure(self, case: Case, methods: list[str], progress: Callable[[], None] = lambda: None) -> list[Row]:
@@ -171,6 +175,8 @@ class Bench:
             for name in going:
                 if name == at or (rows[name].status == "ok" and not rows[name].seconds):
                     rows[name].status, rows[name].note = died.status, died.note or f"while {at} ran"
+                elif rows[name].status == "ok" and len(rows[name].seconds) < FEW:
+                    rows[name].note = f"{_repeats(rows[name])} only: {at} ended the process"
 
     def _finish(self, row: Row) -> None:
         """A speed is kept only with a green gate; marks say in words what happened."""
@@ -178,11 +184,14 @@ class Bench:
             row.status, row.note = "failed", row.note or "the process that takes times ended before its turn"
         if row.status != "ok":
             row.seconds = []
-        if row.status == "out of memory":
+        if row.status == "out of memory" and row.case.device == "cpu":
             row.note = f"out of memory at {self.limits.memory / 2**30:.0f} GB"
-        elif row.status == "ok" and len(row.seconds) < 3:
-            count = "1 repeat" if len(row.seconds) == 1 else f"{len(row.seconds)} repeats"
-            row.note = f"{count} only: slow beside the {self.limits.budget:.0f} s of repeats that a method gets"
+        elif row.status == "ok" and len(row.seconds) < FEW and not row.note:
+            row.note = f"{_repeats(row)} only: slow beside the {self.limits.budget:.0f} s of repeats that a method gets"
+
+
+def _repeats(row: Row) -> str:
+    return "1 repeat" if len(row.seconds) == 1 else f"{len(row.seconds)} repeats"
 
 
 def default_memory_limit() -> int:

@@ -25,6 +25,7 @@ def section(kind: str) -> re.Pattern[str]:
 
 
 SECTION = section("bench")
+ANY_SECTION = re.compile(r"<!-- (\w+):(summary|rows) -->\n(.*?)<!-- /\1:\2 -->", re.DOTALL)
 PEERS = ("eager", "torch-compile", "pytorch-metric-learning", "insightface")
 AXIS_TITLES = {
     "classes": "classes", "batch": "batch", "dim": "dimension", "dtype": "bfloat16 operands (autocast)",
@@ -34,7 +35,7 @@ MARKS = {"out of memory": "memory", "red gate": "wrong", "too slow": "too slow",
 
 
 def seconds(value: float) -> str:
-    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 1 else f"{value * 1e3:.3g} ms"
+    return f"{value:.1f} s" if value >= 10 else f"{value:.2f} s" if value >= 0.9995 else f"{value * 1e3:.3g} ms"
 
 
 def size(value: int | None) -> str:
@@ -166,8 +167,9 @@ def normface_table(rows: list[Row], notes: Notes) -> list[str]:
 def where(header: dict[str, str]) -> str:
     packages = ("pytorch-metric-learning", "cut-cross-entropy")
     versions = [f"{name} {header[name]}" for name in ("torch", *packages) if header.get(name, "not i")[:5] != "not i"]
+    gpu = "" if header["device"] == "cpu" else f"{header['device']}, "
     return (
-        f"{header['cpu']}, {header['machine'].split(', ', 1)[1]}, {header['threads'].split()[0]} threads "
+        f"{gpu}{header['cpu']}, {header['machine'].split(', ', 1)[1]}, {header['threads'].split()[0]} threads "
         f"({header['cpu path']}); {', '.join(versions)}; commit {header['commit']}, {header['date'].split()[0]}."
     )
 
@@ -241,7 +243,10 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if not args.csv.exists():
         parser.error(f"{args.csv} is not there; expected the results of `python -m bench`")
-    header, rows = results.read(args.csv)
+    try:
+        header, rows = results.read(args.csv)
+    except ValueError as error:
+        parser.error(str(error))
     if not args.write:
         print(summary(rows, header))
     for path in args.write:

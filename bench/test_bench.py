@@ -7,7 +7,6 @@ A method must pass the parity gate first. INSIGHTFACE and CUT_CROSS_ENTROPY are 
 `python -m bench`.
 """
 
-import functools
 import os
 import resource
 
@@ -34,10 +33,15 @@ def entries():
             yield pytest.param(case, name, id=f"{case.name}-{name}", marks=marks)
 
 
-@functools.lru_cache(maxsize=1)
+_held: dict[Case, tuple[Inputs, dict[bool, gate.Expected]]] = {}
+
+
 def shared(case: Case) -> tuple[Inputs, dict[bool, gate.Expected]]:
     """Inputs of a case and what the gate expects of them, while one method after another is measured."""
-    return inputs_of(case), {}
+    if case not in _held:
+        _held.clear()  # before the next ones come: those of one case may be 9 GB
+        _held[case] = inputs_of(case), {}
+    return _held[case]
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from bench import __main__ as main
 from bench import cases, child, gate, heads, mentions, methods, reasons, results, run, stats, table
 from bench.cases import Case
+from bench.heads import Peers
 from bench.results import Row
 
 SMALL = Case(batch=8, classes=300, dim=32, threads=1)
@@ -199,6 +200,47 @@ def test_repeats_follow_the_budget():
 # What the documents say
 
 
+def test_what_was_skipped_is_measured_where_the_reason_is_gone():
+    case, asked = Case(), ["fused", "insightface"]
+    skipped = Row(case, "insightface", "skipped", "no partial_fc_v2.py in no-such-folder")
+    rows = [Row(case, "fused", "ok"), skipped]
+    assert main.missing(rows, [case], asked, Peers()) == {case: asked}
+    skipped.note = methods.METHODS["insightface"].why_not(case, Peers())
+    assert main.missing(rows, [case], asked, Peers()) == {}
+
+
+@pytest.mark.parametrize(
+    "words, what",
+    [
+        ("--threads 0", "--threads: got 0; expected more than 0"),
+        ("--threads two", "invalid int value: 'two'"),
+        ("--budget -1", "--budget: got -1; expected more than 0"),
+        ("--memory-limit 0", "--memory-limit: got 0; expected more than 0"),
+        ("--smoke --axis classes", "expected one of the two"),
+        ("--insightface {folder}/no", "{folder}/no: there is no partial_fc_v2.py"),
+        ("--cut-cross-entropy {folder}", "{folder}: there is no folder cut_cross_entropy"),
+        ("--output {folder}", "{folder} is a folder"),
+        ("--output {folder}/file/a.csv", "{folder}/file"),
+        ("--output {folder}/file.csv", "is no table of this bench: it has no column batch, classes"),
+    ],
+)
+def test_what_cannot_be_measured_is_said_before_anything_is(tmp_path, monkeypatch, capsys, words, what):
+    monkeypatch.setattr(run.Bench, "measure", lambda *_: pytest.fail("something was measured"))
+    (tmp_path / "file").write_text("")
+    (tmp_path / "file.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit) as end:
+        main.main(words.format(folder=tmp_path).split())
+    assert end.value.code == 2
+    assert what.format(folder=tmp_path) in capsys.readouterr().err
+
+
+def test_a_limit_of_memory_below_what_it_takes_to_start(tmp_path, capsys):
+    with pytest.raises(SystemExit) as end:
+        main.main(["--memory-limit", "0.001", "--only", "128x1000x512", "--output", str(tmp_path / "a.csv")])
+    assert end.value.code == 2
+    assert "while the rate of products was measured" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("document", ["README.md", "docs/performance.md"])
 def test_tables_are_those_of_the_results(document):
     text = (results.ROOT / document).read_text()
@@ -231,6 +273,8 @@ def test_what_is_named_exists():
         "python -m bench --only 7x7x7",
         "| method | what |\n|---|---|\n| `fused` | ours |\n| `cut-crossentropy` | gone |",
         "<!-- bench:summary -->\n| case | `eagre` |\n|---|---|\n<!-- /bench:summary -->",
+        "<!-- amx:summary -->\n| case | `eagre` |\n|---|---|\n<!-- /amx:summary -->",
+        "python -m bench --methods=eagre",
     ],
 )
 def test_what_is_named_and_does_not_exist_is_found(tmp_path, text):
@@ -268,6 +312,10 @@ def test_picture(tmp_path):
     ]
     rows.append(Row(sizes[-1], "eager", "out of memory", "out of memory at 9 GB"))
     rows.append(Row(sizes[0], "eager", "ok", peak=10**8, seconds=[0.1]))
-    fits = plot.draw({"cpu": "a CPU", "torch": torch.__version__}, rows, tmp_path / "a.png")
+    fits = plot.draw(
+        {"cpu": "a CPU", "device": "cpu", "commit": "0123456789ab", "torch": torch.__version__},
+        rows,
+        tmp_path / "a.png",
+    )
     assert fits["fused"] == pytest.approx(1.0)
     assert (tmp_path / "a.png").stat().st_size > 10_000
