@@ -1,4 +1,5 @@
-"""Checks a margin on every backend: gradients by finite differences, and parity with the float64 reference.
+"""Checks a margin on every backend: gradients by finite differences, finite ones where a target cosine is 1 or -1, and
+parity with the float64 reference.
 
 The rule: in float64 within 1e-10; in float32 at most twice the error of plain PyTorch in float32; with bfloat16 or
 float16 operands at most twice the error of plain PyTorch with the same operands rounded. Errors are relative to the
@@ -7,6 +8,7 @@ largest entry of a tensor, and those of a few seeds together.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -146,6 +148,14 @@ def _gradcheck(margin: Margin, backend: str) -> float:
     return _worst(errors)
 
 
+def _at_the_ends(margin: Margin, backend: str) -> float:
+    """0 if losses and gradients are finite where x is +-w_y, else infinite: acos has no slope there."""
+    _, w, labels = _data(0)
+    x = w[labels] * torch.where(torch.arange(_ROWS) % 2 == 0, 1.0, -1.0)[:, None]
+    found = [_run(margin, (x, w, labels), dtype, backend) for dtype in (torch.float64, torch.float32)]
+    return 0.0 if all(t.isfinite().all() for run in found for t in run) else math.inf
+
+
 def check_margin(
     margin: Margin | Callable[[Tensor], Tensor], backends: Iterable[str] | None = None, quick: bool = False
 ) -> list[Result]:
@@ -181,6 +191,7 @@ def check_margin(
     for backend in present:
         if margin.gradient == "exact" and not margin.constants:
             results.append(Result(name, backend, "gradient", _gradcheck(margin, backend), 1e-6))
+        results.append(Result(name, backend, "ends", _at_the_ends(margin, backend), 0.0))
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)[: 2 if quick else 4]:
             if backend == "reference" and dtype.itemsize == 2:
                 continue  # it is the measure of the others there

@@ -81,7 +81,8 @@ def margin_cross_entropy(
         bias: [C], added to the logits (plain softmax).
         reduction: "mean" over the rows that are not ignored, "sum", or "none": [B], with 0 in ignored rows.
         label_smoothing: eps in [0, 1): the target distribution is (1 - eps) one-hot + eps / C, on the logits with
-            margin, as F.cross_entropy has it.
+            margin, as F.cross_entropy has it; with class_weight, whose weight of the row's class is that of the whole
+            row here, and of each class in the smoothed part there.
         mining: `fm.Focal` or `fm.HardRows`: a weight for each row by its own cross-entropy. A penalty that the margin
             adds (MagFace's of the norm) is neither looked at nor weighted by it.
         sample_weight, class_weight: [B] and [C], multiplied with the rows' losses (their smoothed part too); the mean

@@ -47,6 +47,8 @@ def check_tensors(
     for name, t in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}: got {type(t).__name__}; expected a tensor, as torch.as_tensor({name}) gives")
+    if bias is not None and not isinstance(bias, Tensor):
+        raise TypeError(f"bias: got {type(bias).__name__}; expected a tensor or None")
     for name, t, shape in (("embeddings", embeddings, "[B, D]"), ("weight", weight, "[C, D]")):
         if t.dtype not in FLOATS:
             raise TypeError(
@@ -89,6 +91,8 @@ def check_weights(name: str, weights: Tensor | None, count: int, of: str) -> Non
         return
     if not isinstance(weights, Tensor):
         raise TypeError(f"{name}: got {type(weights).__name__}; expected a tensor, as torch.as_tensor({name}) gives")
+    if weights.is_complex():
+        raise TypeError(f"{name} are {weights.dtype}; expected real numbers")
     if weights.shape != (count,):
         raise ValueError(f"{name}: got a tensor of shape {list(weights.shape)}; expected [{count}], one a {of}")
 

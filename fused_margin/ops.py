@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import deferred
 from .backends import BACKENDS
@@ -252,6 +253,9 @@ class _SweepLoss(torch.autograd.Function):
 
 
 def _asks_for_gradients(*tensors):
+    """Forward mode too, which the autograd functions refuse: past them, derivatives would be 0."""
+    if forward_ad._current_level >= 0:
+        return True
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 

@@ -46,6 +46,7 @@ MUTANTS = [
     *_in(
         "fused_margin/ops.py",
         ("subset_gradient_misplaced", ".index_copy(0, index, grads[1])", ".index_copy(0, index.flip(0), grads[1])"),
+        ("forward_mode_unseen", "if forward_ad._current_level >= 0:", "if False:"),
         ("every_gradient_computed", "strict=True) if wanted)\n", "strict=True))\n"),
     ),
     *_in(
@@ -172,6 +173,10 @@ MUTANTS = [
         ("kernel_norm_of_the_row_before", "low_ = high_ = Vec<T>{};", ""),
         ("kernel_rows_turned_in_part", "void finish() { advance(units()); }", "void finish() {}"),
         ("kernel_odd_row_lost", "row_ + 1 < t_.rows;", "row_ + 2 < t_.rows;"),
+    ),
+    *_in(
+        "csrc/cpu/dispatch.cpp",
+        ("kernel_build_changes_on_the_way", "static const CpuPath& chosen", "const CpuPath& chosen"),
     ),
     *_in(
         "csrc/cpu/vec.h",

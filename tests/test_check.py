@@ -17,7 +17,7 @@ def failed(margin):
 
 def test_a_right_margin_passes():
     results = fm.check_margin(lambda c: torch.cos(fm.safe_angle(c) + 0.3) - 0.1)
-    assert {r.check for r in results} == {"gradient", "float64", "float32", "bfloat16", "float16"}
+    assert {r.check for r in results} == {"gradient", "ends", "float64", "float32", "bfloat16", "float16"}
     assert all(r.ok for r in results), table(results)
 
 
@@ -25,6 +25,15 @@ def test_a_wrong_slope_is_found():
     """Right values, half of the slope: on every backend, as the slope is the margin's."""
     found = failed(lambda c: 0.5 * c + 0.5 * c.detach() - 0.35)
     assert found >= {(b, "gradient") for b in fm.BACKENDS if not fm.why_not(b)}
+
+
+def test_a_slope_that_is_infinite_at_the_ends_is_found():
+    def plain(cos_y):
+        return torch.cos(torch.acos(cos_y) + 0.3)
+
+    bad = [r for r in fm.check_margin(plain, quick=True) if not r.ok]
+    assert bad
+    assert {r.check for r in bad} == {"ends"}
 
 
 def test_nan_is_a_failure():
@@ -56,7 +65,7 @@ def test_check_command(capsys, monkeypatch):
     monkeypatch.setattr("fused_margin.__main__.all_margins", lambda: [fm.CosFace(0.35), fm.SVSoftmax(1.2)])
     assert main(["check", "--quick"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].split() == ["margin", "backend", "gradient", "float64", "float32"]
+    assert lines[0].split() == ["margin", "backend", "gradient", "ends", "float64", "float32"]
     assert lines[-1].startswith(f"{len(fm.check_margin(fm.CosFace(), quick=True)) * 2} checks, 0 failed.")
     wrong = fm.CustomMargin(lambda c: c.detach())
     monkeypatch.setattr("fused_margin.__main__.all_margins", lambda: [wrong])

@@ -146,6 +146,15 @@ def test_environment_chooses_the_path(name, expected):
     assert expected in run.stdout
 
 
+def test_environment_is_read_once(monkeypatch):
+    """What a forward keeps lies as its build has it; and a thread that computes must not read what another one sets."""
+    require("cpu")
+    before = fm.backends.cpu.path()
+    for name in ("portable", "sse9"):
+        monkeypatch.setenv("FUSED_MARGIN_CPU_CAPABILITY", name)
+        assert fm.backends.cpu.path() == before
+
+
 def test_blocks_that_force_a_path_nest():
     require("cpu")
     cpu = fm.backends.cpu

@@ -5,6 +5,7 @@ A subclass without changes is no type that `forms_of` lists, so it takes the way
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,6 +120,11 @@ def test_no_valid_row_and_no_rival():
         assert loss == 0
         assert not d_x.any()
         assert not d_w.any()
+
+
+def test_numbers_of_numpy_are_plain():
+    for m in (np.float32(0.5), np.float64(0.5)):
+        assert forms_of(fm.ArcFace(m)) == forms_of(fm.ArcFace(0.5))
 
 
 def test_tensors_and_users_margins_take_the_way_over_torch():

@@ -233,7 +233,9 @@ def test_an_operator_refuses_memory_of_another_size():
             torch.ops.fused_margin_cpu.sweep(x, w, y, scale, None, None, None, x.new_empty(0), kept, *cpu._pack(spec))
 
 
-@pytest.mark.parametrize(("text", "expected"), [("0", 0), ("1.5", 3 * 2**19), ("-3", 0), ("", None), ("much", None)])
+@pytest.mark.parametrize(
+    ("text", "expected"), [("0", 0), ("1.5", 3 * 2**19), ("-3", 0), ("", None), ("much", None), ("inf", None)]
+)
 def test_limit_from_the_environment(text, expected):
     code = "from fused_margin.backends import cpu; print(cpu.KEPT_BYTES)"
     environment = os.environ | {"FUSED_MARGIN_KEEP_MIB": text}

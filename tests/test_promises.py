@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
 
 import fused_margin as fm
 
@@ -52,6 +53,23 @@ def test_a_second_derivative_raises(backend):
     loss = mce(x, w, labels, fm.CosFace(0.2), backend=backend)
     with pytest.raises(RuntimeError, match="first derivatives only"):
         torch.autograd.grad(loss, x, create_graph=True)
+
+
+@pytest.mark.parametrize("margin", [fm.CosFace(0.2), lambda cos_y: cos_y - 0.2], ids=["kernel", "torch"])
+def test_forward_mode_raises(backend, margin):
+    """It would find derivatives of 0 where nothing asks for gradients."""
+    x, w, labels = data()
+    x, w = x.detach(), w.detach()
+
+    def loss(x):
+        return mce(x, w, labels, margin, backend=backend)
+
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.jvp(loss, (x,), (x,))
+    with forward_ad.dual_level():
+        with pytest.raises(NotImplementedError, match="jvp"):
+            loss(forward_ad.make_dual(x, x))
+        torch.testing.assert_close(loss(x), mce(x, w, labels, margin, backend="reference"))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

@@ -243,6 +243,16 @@ BAD = {
         ValueError,
         "label_smoothing = 1.5",
     ),
+    "complex weights": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.ArcFace(), class_weight=torch.ones(C) + 0j),
+        TypeError,
+        "class_weight are torch.complex64; expected real numbers",
+    ),
+    "a list as bias": (
+        lambda x, w, y: margin_cross_entropy(x, w, y, fm.NormFace(), bias=[0.0] * C),
+        TypeError,
+        "bias: got list; expected a tensor or None",
+    ),
     "smoothing without softmax": (
         lambda x, w, y: margin_cross_entropy(x, w, y, fm.UniFace(C), label_smoothing=0.1),
         ValueError,

@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <exception>
 #include <numeric>
 #include <optional>
 #include <stdexcept>
@@ -75,9 +76,16 @@ inline void run_on_torch_threads(int64_t tasks, const std::function<void(int64_t
     return;
   }
   std::atomic<int64_t> next{0};
+  std::atomic_flag failed = ATOMIC_FLAG_INIT;
+  std::exception_ptr error;  // the first one; torch's own way would lose what it says
   torch::stable::parallel_for(0, workers, 1, [&](int64_t, int64_t) {
-    for (int64_t t = next++; t < tasks; t = next++) task(t);
+    try {
+      for (int64_t t = next++; t < tasks; t = next++) task(t);
+    } catch (...) {
+      if (!failed.test_and_set()) error = std::current_exception();
+    }
   });
+  if (error) std::rethrow_exception(error);
 }
 inline Parallel torch_threads() { return {int64_t(torch::stable::get_num_threads()), run_on_torch_threads}; }
 

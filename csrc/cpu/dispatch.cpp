@@ -83,7 +83,10 @@ std::atomic<const CpuPath*> forced{nullptr};
 
 const CpuPath& cpu_path() {
   if (const CpuPath* path = forced.load()) return *path;
-  return path_named(std::getenv("FUSED_MARGIN_CPU_CAPABILITY"));
+  // Read once, when the library is loaded: Python changes the environment while threads compute, and what a forward keeps
+  // must find the same build in the backward.
+  static const CpuPath& chosen = path_named(std::getenv("FUSED_MARGIN_CPU_CAPABILITY"));
+  return chosen;
 }
 
 }  // namespace fused_margin

@@ -116,7 +116,7 @@ def _kept_bytes() -> int:
     text = os.environ.get("FUSED_MARGIN_KEEP_MIB", "48")
     try:
         return max(0, int(float(text) * 2**20))
-    except ValueError:
+    except (ValueError, OverflowError):
         raise ValueError(f"FUSED_MARGIN_KEEP_MIB={text!r}; expected a number of MiB, 0 to keep nothing") from None
 
 
@@ -160,7 +160,10 @@ _forced: list[str] = []  # what the `capability` blocks that are open have asked
 
 @contextlib.contextmanager
 def capability(name: str) -> Iterator[None]:
-    """Within the block, the whole process uses this entry of CAPABILITIES: for tests."""
+    """Within the block, the whole process uses this entry of CAPABILITIES: for tests.
+
+    Not between a forward and its backward, which would read kept products that lie as another build has them.
+    """
     if _C is None:
         raise RuntimeError(_reason)
     if not _C.fm_set_capability(name.encode()):

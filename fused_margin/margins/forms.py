@@ -8,6 +8,7 @@ together.
 from __future__ import annotations
 
 from collections.abc import Callable
+from numbers import Real
 from typing import NamedTuple
 
 from .angular import TAILS, ArcFace, CombinedMargin, SphereFace
@@ -64,5 +65,5 @@ def forms_of(margin: Margin) -> Forms | None:
     """The forms of a margin; None where it is not one that kernels know, or its parameters are no plain numbers."""
     make = _FORMS.get(type(margin))
     forms = None if make is None else make(margin)
-    known = forms is not None and all(isinstance(m, (int, float)) for form in forms if form for m in form[2:])
+    known = forms is not None and all(isinstance(m, Real) for form in forms if form for m in form[2:])
     return forms if known else None
