@@ -15,6 +15,7 @@ from .cases import Case
 from .heads import Peers
 from .mentions import wrong_mentions
 from .methods import METHODS, check_names, compared
+from .peers import wrong_insightface
 from .results import Row
 from .table import summary
 
@@ -70,11 +71,8 @@ def chosen_cases(args: argparse.Namespace) -> list[Case]:
 
 def check_paths(args: argparse.Namespace) -> None:
     """Raises for what would be found out after the first case, or shown as a peer that is not there."""
-    if args.insightface and not (Path(args.insightface) / "partial_fc_v2.py").exists():
-        raise ValueError(
-            f"--insightface {args.insightface}: there is no partial_fc_v2.py; expected the folder "
-            "recognition/arcface_torch of a clone"
-        )
+    if args.insightface and (wrong := wrong_insightface(args.insightface)):
+        raise ValueError(f"--insightface: {wrong}")
     if args.cut_cross_entropy and not (Path(args.cut_cross_entropy) / "cut_cross_entropy").is_dir():
         raise ValueError(
             f"--cut-cross-entropy {args.cut_cross_entropy}: there is no folder cut_cross_entropy; expected a clone"

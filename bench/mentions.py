@@ -9,7 +9,7 @@ from pathlib import Path
 
 from . import ROOT, cases, results
 from .methods import check_names
-from .table import ANY_SECTION
+from .table import section
 
 _COMMAND = re.compile(r"-m (bench(?:\.\w+)*)((?:[ \t]+(?!#)[^\s`;&|]+)*)")
 
@@ -58,8 +58,8 @@ def _table_names(text: str) -> list[str]:
             in_methods = True
         elif in_methods:
             names += re.findall(r"^`([\w-]+)`$", cells[0])
-    for _, _, body in ANY_SECTION.findall(text):
-        heads = re.findall(r"^(\|.*)\n\|[-|: ]+\|$", body, re.MULTILINE)
+    for name, body in section(r"\w+").findall(text):
+        heads = re.findall(r"^(\|.*)\n\|[-|: ]+\|$", body, re.MULTILINE) if name in ("summary", "rows") else []
         names += [name for head in heads for name in re.findall(r"`([\w-]+)`", head)]
     return names
 

@@ -73,6 +73,13 @@ PEERS["pytorch-metric-learning"] = Method(_pml, "its ArcFaceLoss, CosFaceLoss, N
 # InsightFace
 
 
+def wrong_insightface(path: str) -> str:
+    """Why the path is not that of InsightFace; "" if it is."""
+    if (Path(path) / "partial_fc_v2.py").exists():
+        return ""
+    return f"no partial_fc_v2.py in {path}: expected the folder recognition/arcface_torch of a clone"
+
+
 def _insightface_why_not(case: Case, peers: Peers) -> str:
     if case.margin not in ("arcface", "cosface"):
         return "its CombinedMarginLoss has no such margin"
@@ -80,8 +87,8 @@ def _insightface_why_not(case: Case, peers: Peers) -> str:
         return "its training runs the head in float32"
     if peers.insightface is None:
         return "needs --insightface PATH, the folder recognition/arcface_torch of a clone"
-    if not (Path(peers.insightface) / "partial_fc_v2.py").exists():
-        return f"no partial_fc_v2.py in {peers.insightface}: expected the folder recognition/arcface_torch"
+    if wrong := wrong_insightface(peers.insightface):
+        return wrong
     if case.batch < 2:
         return "it takes no batch of one"
     return "" if torch.distributed.is_available() else "this torch has no torch.distributed"

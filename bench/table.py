@@ -25,7 +25,6 @@ def section(kind: str) -> re.Pattern[str]:
 
 
 SECTION = section("bench")
-ANY_SECTION = re.compile(r"<!-- (\w+):(summary|rows) -->\n(.*?)<!-- /\1:\2 -->", re.DOTALL)
 PEERS = ("eager", "torch-compile", "pytorch-metric-learning", "insightface")
 AXIS_TITLES = {
     "classes": "classes", "batch": "batch", "dim": "dimension", "dtype": "bfloat16 operands (autocast)",

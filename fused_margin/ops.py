@@ -253,10 +253,18 @@ class _SweepLoss(torch.autograd.Function):
 
 
 def _asks_for_gradients(*tensors):
-    """Forward mode too, which the autograd functions refuse: past them, derivatives would be 0."""
     if forward_ad._current_level >= 0:
-        return True
+        _refuse_tangents(tensors)
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _refuse_tangents(tensors):
+    """Without an autograd function around the sweep, derivatives in forward mode would be 0."""
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):
+        raise RuntimeError(
+            "fused_margin has derivatives by backward() only; for forward mode (torch.func.jvp, jacfwd, dual tensors) "
+            "write the loss in plain PyTorch"
+        )
 
 
 def _sweep_below(*args):

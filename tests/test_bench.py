@@ -217,7 +217,7 @@ def test_what_was_skipped_is_measured_where_the_reason_is_gone():
         ("--budget -1", "--budget: got -1; expected more than 0"),
         ("--memory-limit 0", "--memory-limit: got 0; expected more than 0"),
         ("--smoke --axis classes", "expected one of the two"),
-        ("--insightface {folder}/no", "{folder}/no: there is no partial_fc_v2.py"),
+        ("--insightface {folder}/no", "--insightface: no partial_fc_v2.py in {folder}/no"),
         ("--cut-cross-entropy {folder}", "{folder}: there is no folder cut_cross_entropy"),
         ("--output {folder}", "{folder} is a folder"),
         ("--output {folder}/file/a.csv", "{folder}/file"),

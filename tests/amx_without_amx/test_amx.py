@@ -13,7 +13,8 @@ from . import BUILD, HEADER, why_not
 
 # Those whose numbers come from tiles.
 SELECTION = [f"tests/test_{name}.py" for name in ("tiles", "kept", "parity", "chunks", "edges", "sweep_optim")]
-pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not())
+REASON = why_not()
+pytestmark = pytest.mark.skipif(bool(REASON), reason=REASON)
 
 
 @pytest.fixture(scope="module")
