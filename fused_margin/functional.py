@@ -25,9 +25,12 @@ _TOPK_CHUNK = 16_384  # classes whose cosines exist at one time in `topk`
 
 
 class Stats(NamedTuple):
-    """What one sweep knows beside the loss; no gradient."""
+    """What one sweep knows beside the loss; no gradient.
 
-    target_cosine: Tensor  # [B]; 0 where the row is ignored
+    An ignored row has the values of an embedding of zeros whose target is no class.
+    """
+
+    target_cosine: Tensor  # [B]
     best_rival_cosine: Tensor  # [B], with bias / scale where there is a bias; -inf where there is no rival
     lse: Tensor  # [B]: log-sum-exp of all logits, the target's with its margin; without softmax, see `Margin.reduction`
     correct: Tensor  # 0-dim int64: rows whose target has the largest logit, without margin; ignored rows do not count
@@ -112,8 +115,7 @@ def margin_cross_entropy(
     rows.check_extras(label_smoothing, mining, margin.softmax)
     inputs.check_weights("sample_weight", sample_weight, len(labels), "row")
     inputs.check_weights("class_weight", class_weight, shard.count(weight, sub_centers), "class")
-    if isinstance(ignore_index, bool) or not isinstance(ignore_index, int):
-        raise TypeError(f"ignore_index = {ignore_index!r}; expected an integer, as -100")
+    inputs.check_options(ignore_index, normalize_embeddings, normalize_weight, compute_dtype)
     spec = Spec(
         rule=margin.rule().name,
         unit_slope=margin.gradient == "detached",
@@ -322,11 +324,9 @@ def topk(
     With sub_centers K, a class is K consecutive rows of `weight`, and its cosine the largest of theirs.
     Returns: cosines [B, k] in falling order, and class numbers [B, k] (int64). No gradient.
     """
-    labels = torch.zeros(len(embeddings), dtype=torch.long, device=embeddings.device)
-    inputs.check_tensors(embeddings, weight, labels, bias, sub_centers)
+    inputs.check_tensors(embeddings, weight, None, bias, sub_centers)
     classes = weight.shape[0] // sub_centers
-    if not 1 <= k <= classes:
-        raise ValueError(f"k = {k}; expected 1 <= k <= {classes}, the number of classes")
+    k = inputs.checked_k(k, classes)
     dtype, acc = _compute_dtype(compute_dtype, embeddings), acc_dtype(embeddings)
 
     def operand(rows: Tensor, normalize: bool) -> Tensor:
@@ -335,7 +335,7 @@ def topk(
 
     with torch.no_grad(), torch.autocast(embeddings.device.type, enabled=False):
         x_hat = operand(embeddings, normalize_embeddings)
-        best, ids = x_hat.new_empty(len(x_hat), 0), labels.new_empty(len(x_hat), 0)
+        best, ids = x_hat.new_empty(len(x_hat), 0), x_hat.new_empty(len(x_hat), 0, dtype=torch.long)
         for first in range(0, classes, _TOPK_CHUNK):
             last = min(first + _TOPK_CHUNK, classes)
             cos = F.linear(x_hat, operand(weight[first * sub_centers : last * sub_centers], normalize_weight))
@@ -357,6 +357,7 @@ def row_scale(scale: RowParameter, embeddings: Tensor, labels: Tensor, num_class
 
 
 def _compute_dtype(asked: torch.dtype | None, embeddings: Tensor) -> torch.dtype:
+    inputs.check_compute_dtype(asked)
     device = embeddings.device.type
     if embeddings.dtype == torch.float64:
         if asked not in (None, torch.float64):
@@ -364,8 +365,8 @@ def _compute_dtype(asked: torch.dtype | None, embeddings: Tensor) -> torch.dtype
         return torch.float64
     if asked is None:
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else embeddings.dtype
-    if asked not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"compute_dtype = {asked}; expected torch.float32, torch.bfloat16 or torch.float16")
+    if asked == torch.float64:
+        raise ValueError(f"compute_dtype = {asked} with {embeddings.dtype} embeddings; expected embeddings.double()")
     return asked
 
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from . import functional, inputs, rows
 from .backends import BACKENDS
 from .margins import ArcFace, Margin, PerClass, PerSample, RowParameter, as_margin
+from .margins.checks import count, flag
 from .rows import Mining
 from .scales import ScaleRule
 from .spec import EPS, acc_dtype
@@ -59,15 +60,15 @@ class MarginHead(KeepsPrecision):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        sizes = (("embedding_size", embedding_size), ("num_classes", num_classes), ("sub_centers", sub_centers))
-        for name, size in sizes:
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} = {size!r}; expected a positive integer")
-        self.embedding_size, self.num_classes, self.sub_centers = embedding_size, num_classes, sub_centers
+        self.embedding_size = count("embedding_size", embedding_size)
+        self.num_classes = count("num_classes", num_classes)
+        self.sub_centers = count("sub_centers", sub_centers)
+        flag("bias", bias)
+        inputs.check_options(ignore_index, normalize_embeddings, normalize_weight, compute_dtype)
         self.options = {
             "label_smoothing": label_smoothing,
             "mining": mining,
-            "sub_centers": sub_centers,
+            "sub_centers": self.sub_centers,
             "ignore_index": ignore_index,
             "reduction": reduction,
             "normalize_embeddings": normalize_embeddings,
@@ -77,7 +78,7 @@ class MarginHead(KeepsPrecision):
         }
         rows.check_reduction(reduction)
         margin = ArcFace() if margin is None else as_margin(margin)
-        if backend is not None and (reasons := functional.why_not(backend, margin, sub_centers=sub_centers)):
+        if backend is not None and (reasons := functional.why_not(backend, margin, sub_centers=self.sub_centers)):
             raise ValueError(f"backend={backend!r} cannot run: {', '.join(reasons)}; have {', '.join(BACKENDS)}")
         self._make_weight(bias, {"device": device, "dtype": dtype})
         scale = inputs.scale_of(scale, margin, normalize_embeddings, normalize_weight)
@@ -87,7 +88,7 @@ class MarginHead(KeepsPrecision):
             self._hold("scale", scale)
         else:
             self.scale = scale
-        inputs.check_weights("class_weight", class_weight, num_classes, "class")
+        inputs.check_weights("class_weight", class_weight, self.num_classes, "class")
         rows.check_extras(label_smoothing, mining, margin.softmax)
         self._hold("class_weight", class_weight)
         self.margin_module = margin.module()  # its parameters and its state are the head's
@@ -169,6 +170,7 @@ class MarginHead(KeepsPrecision):
 
         Equivalent to: `scale * F.linear(F.normalize(embeddings), F.normalize(weight)) + bias`
         """
+        inputs.check_tensors(embeddings, self.weight, None, None, self.sub_centers)
         acc = acc_dtype(self.weight)
         with torch.autocast(embeddings.device.type, enabled=False):
             x, w = embeddings.to(acc), self.weight.to(acc)

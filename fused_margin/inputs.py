@@ -10,11 +10,26 @@ from torch import Tensor
 
 from .labels import check_labels
 from .margins import CosFace, Margin, PerClass, PerSample, RowParameter
-from .margins.checks import parameter
+from .margins.checks import count, flag, parameter, tensor
 from .scales import ScaleRule
 from .shard import ALL_CLASSES, Shard
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def check_options(ignore_index: int, normalize_x: bool, normalize_w: bool, compute_dtype: torch.dtype | None) -> None:
+    """Raises for what these can never be, whatever the tensors."""
+    whole = isinstance(ignore_index, int) and not isinstance(ignore_index, bool)
+    if not whole or not -(2**63) <= ignore_index < 2**63:
+        raise TypeError(f"ignore_index = {ignore_index!r}; expected an integer of 64 bits, as -100")
+    flag("normalize_embeddings", normalize_x)
+    flag("normalize_weight", normalize_w)
+    check_compute_dtype(compute_dtype)
+
+
+def check_compute_dtype(dtype: torch.dtype | None) -> None:
+    if dtype is not None and dtype not in FLOATS:
+        raise ValueError(f"compute_dtype = {dtype!r}; expected torch.float32, torch.bfloat16 or torch.float16")
 
 
 def check_fit(margin: Margin, normalize_x: bool, normalize_w: bool, bias: Tensor | None, sub_centers: int) -> None:
@@ -39,17 +54,19 @@ def check_fit(margin: Margin, normalize_x: bool, normalize_w: bool, bias: Tensor
 def check_tensors(
     embeddings: Tensor,
     weight: Tensor,
-    labels: Tensor,
+    labels: Tensor | None,
     bias: Tensor | None,
     sub_centers: int = 1,
     shard: Shard = ALL_CLASSES,
 ) -> None:
-    for name, t in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
-        if not isinstance(t, Tensor):
-            raise TypeError(f"{name}: got {type(t).__name__}; expected a tensor, as torch.as_tensor({name}) gives")
+    """Raises for what is no input of a sweep. labels: None for a call that takes none."""
     if bias is not None and not isinstance(bias, Tensor):
         raise TypeError(f"bias: got {type(bias).__name__}; expected a tensor or None")
     for name, t, shape in (("embeddings", embeddings, "[B, D]"), ("weight", weight, "[C, D]")):
+        tensor(name, t)
+        if t.is_nested or t.layout != torch.strided:
+            kind = "nested" if t.is_nested else str(t.layout)
+            raise TypeError(f"{name} are a {kind} tensor; expected a dense one, as {name}.to_dense() gives")
         if t.dtype not in FLOATS:
             raise TypeError(
                 f"{name} are {t.dtype}; expected float32, bfloat16, float16 or float64, as in {name}.float()"
@@ -57,7 +74,9 @@ def check_tensors(
         if t.dim() != 2:
             raise ValueError(f"{name} have shape {list(t.shape)}; expected two dimensions, {shape}")
     if embeddings.shape[1] != weight.shape[1]:
-        hint = "; weight seems to be [D, C]: pass weight.T" if embeddings.shape[1] == weight.shape[0] else ""
+        hint = ""
+        if embeddings.shape[1] == weight.shape[0]:
+            hint = "; weight seems to be [D, C]: pass weight.T, or to a head first embedding_size, then num_classes"
         raise ValueError(
             f"embeddings {list(embeddings.shape)} and weight {list(weight.shape)} differ in their last dimension; "
             f"expected [B, D] and [C, D]{hint}"
@@ -69,7 +88,11 @@ def check_tensors(
             f"embeddings are {embeddings.dtype} and weight is {weight.dtype}; float64 goes with float64 only: "
             "convert one of them"
         )
-    check_labels(labels, embeddings.shape[0])
+    if labels is not None:
+        tensor("labels", labels)
+        check_labels(labels, embeddings.shape[0])
+    if embeddings.device.type == "meta":
+        raise ValueError("embeddings are on the device meta, where there are no numbers; expected a real one")
     for name, t in (("weight", weight), ("labels", labels), ("bias", bias)):
         if t is not None and t.device != embeddings.device:
             raise ValueError(
@@ -85,12 +108,19 @@ def check_tensors(
         raise ValueError(f"bias is {bias.dtype} {list(bias.shape)}; expected floats [{classes}], one a class")
 
 
+def checked_k(k: int, classes: int) -> int:
+    """Of the k nearest classes, as an int."""
+    k = count("k", k)
+    if k > classes:
+        raise ValueError(f"k = {k}; expected 1 <= k <= {classes}, the number of classes")
+    return k
+
+
 def check_weights(name: str, weights: Tensor | None, count: int, of: str) -> None:
     """Raises for what are no weights of the rows or of the classes."""
     if weights is None:
         return
-    if not isinstance(weights, Tensor):
-        raise TypeError(f"{name}: got {type(weights).__name__}; expected a tensor, as torch.as_tensor({name}) gives")
+    tensor(name, weights)
     if weights.is_complex():
         raise TypeError(f"{name} are {weights.dtype}; expected real numbers")
     if weights.shape != (count,):

@@ -32,7 +32,12 @@ def numbers(count: int, dtype: torch.dtype, use: str) -> Tensor:
     if block is None:
         if size > SPARE:
             spare.clear()  # before the new one comes
-        block = mmap.mmap(-1, size, **_PRIVATE)
+        try:
+            block = mmap.mmap(-1, size, **_PRIVATE)
+        except OSError as error:
+            raise MemoryError(
+                f"no memory for {use} of {size / 2**20:,.0f} MiB ({error}); expected that much to be free"
+            ) from error
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a wish; some systems have no huge pages
                 block.madvise(mmap.MADV_HUGEPAGE)

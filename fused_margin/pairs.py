@@ -44,8 +44,8 @@ class CenterLoss(KeepsPrecision):
         super().__init__()
         number("alpha", alpha, 0, 1)
         choice("reduction", reduction, ("mean", "sum", "none"))
-        count("embedding_size", embedding_size)
-        count("num_classes", num_classes)
+        embedding_size = count("embedding_size", embedding_size)
+        num_classes = count("num_classes", num_classes)
         self.alpha, self.reduction, self.ignore_index = alpha, reduction, ignore_index
         self.register_buffer("centers", torch.zeros(num_classes, embedding_size))
 

@@ -44,7 +44,7 @@ class AdaCos(ScaleRule):
 
     def __init__(self, num_classes: int, dynamic: bool = True) -> None:
         super().__init__()
-        count("num_classes", num_classes, 3, "log(C - 1) must be positive")
+        num_classes = count("num_classes", num_classes, 3, "log(C - 1) must be positive")
         self.num_classes, self.dynamic = num_classes, dynamic
         self.register_buffer("s", torch.tensor(math.sqrt(2) * math.log(num_classes - 1)))
 

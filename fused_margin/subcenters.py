@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .labels import classes_of
-from .margins.checks import count, number
+from .margins.checks import count, number, tensor
 
 _CHUNK = 4096  # samples whose K centres, [chunk, K, D], exist at one time
 
@@ -49,7 +49,9 @@ def find_outliers(
     Source: Deng et al. 2020, Sub-center ArcFace (ECCV 2020); K = 3 there.
     """
     number("angle", angle, 0, 180)
-    count("sub_centers", sub_centers)
+    sub_centers = count("sub_centers", sub_centers)
+    for name, value in (("embeddings", embeddings), ("weight", weight), ("labels", labels)):
+        tensor(name, value)
     centres = _centres(embeddings, weight, sub_centers)  # [C, K, D]
     at, valid = classes_of(labels, len(embeddings), len(centres), ignore_index)
     x = F.normalize(torch.where(valid[:, None], embeddings, 0).to(centres.dtype), dim=1)

@@ -344,6 +344,8 @@ MUTANTS = [
         ("shards_weights_by_rank", "begin = block * _INIT_ROWS", "begin = block * _INIT_ROWS + 1"),
         ("sample_state_forgotten", "self.seed, self.step = (int(value) for value in sampler)", "pass"),
         ("sparse_not_marked", "weight.grad._coalesced_(True)", "pass"),
+        ("sparse_not_marked_in_copies", "super().__setstate__(state)", "return super().__setstate__(state)"),
+        ("topk_refused_by_one_rank", "with self._or_refuse():", "with contextlib.nullcontext():"),
     ),
     *_in(
         "fused_margin/partial_fc/checkpoint.py",

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -155,8 +156,8 @@ def test_repr():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ((0, 5), "embedding_size = 0; expected a positive integer"),
-        ((8, -1), "num_classes = -1; expected a positive integer"),
+        ((0, 5), "embedding_size = 0; expected an integer, at least 1"),
+        ((8, -1), "num_classes = -1; expected an integer, at least 1"),
         ((8.0, 5), "embedding_size = 8.0"),
         ((8, True), "num_classes = True"),
     ],
@@ -164,6 +165,41 @@ def test_repr():
 def test_bad_sizes(sizes, message):
     with pytest.raises(ValueError, match=message):
         fm.MarginHead(*sizes)
+
+
+def test_sizes_of_other_libraries_are_integers():
+    head = fm.MarginHead(np.int64(8), np.int32(12), sub_centers=np.int16(2))
+    assert [type(n) for n in (head.embedding_size, head.num_classes, head.sub_centers)] == [int] * 3
+    assert head.weight.shape == (24, 8)
+    assert type(fm.PartialFC(8, np.int64(12), seed=np.int64(1)).num_classes) is int
+    assert type(fm.AdaCos(np.int64(12)).num_classes) is int
+
+
+@pytest.mark.parametrize(
+    ("k", "message"),
+    [
+        (2.0, "k = 2.0; expected an integer, at least 1"),
+        (True, "k = True; expected an integer, at least 1"),
+        (0, "k = 0; expected an integer, at least 1"),
+        (13, "k = 13; expected 1 <= k <= 12, the number of classes"),
+    ],
+)
+@pytest.mark.parametrize("kind", [fm.MarginHead, fm.PartialFC])
+def test_bad_k(kind, k, message):
+    with pytest.raises(ValueError, match=message):
+        kind(8, 12).topk(torch.randn(3, 8), k)
+
+
+@pytest.mark.parametrize("call", ["topk", "logits", "outliers"])
+def test_inference_takes_tensors(call):
+    arguments = {"topk": (1,), "logits": (), "outliers": (torch.zeros(1).long(),)}[call]
+    with pytest.raises(TypeError, match="embeddings: got list; expected a tensor"):
+        getattr(fm.MarginHead(8, 12), call)([[1.0] * 8], *arguments)
+
+
+def test_swapped_sizes():
+    with pytest.raises(ValueError, match="or to a head first embedding_size, then num_classes"):
+        fm.MarginHead(12, 8)(torch.randn(3, 8), torch.zeros(3).long())
 
 
 def test_default_is_arcface(backend):

@@ -135,6 +135,11 @@ def test_memory_is_used_again_and_can_be_released():
     memory.release()
 
 
+def test_no_memory_is_said():
+    with pytest.raises(MemoryError, match=r"no memory for gradient of 4,398,046,511,104 MiB .*; expected that much"):
+        memory.numbers(2**60, torch.float32, "gradient")
+
+
 def held() -> list[list]:
     """What is held for "test": the small blocks, and the large ones."""
     return [memory._spare.get(("test", large), []) for large in (False, True)]

@@ -165,6 +165,7 @@ def test_modules_as_margins_are_trained():
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"compute_dtype": "bf16"}, "compute_dtype = 'bf16'; expected torch.float32"),
         ({"scale": -1}, "scale = -1; expected a positive"),
         ({"reduction": "avg"}, "reduction = 'avg'; expected one of"),
         ({"backend": "cud"}, "backend='cud' cannot run: there is no backend 'cud'"),
@@ -175,6 +176,12 @@ def test_modules_as_margins_are_trained():
 def test_a_head_says_at_once_what_is_wrong(options, message):
     with pytest.raises(ValueError, match=message):
         fm.MarginHead(16, 20, **options)
+
+
+@pytest.mark.parametrize("name", ["bias", "normalize_embeddings", "normalize_weight"])
+def test_a_head_takes_flags(name):
+    with pytest.raises(TypeError, match=f"{name} = 'no'; expected True or False"):
+        fm.MarginHead(16, 20, **{name: "no"})
 
 
 def test_odd_arguments():

@@ -76,7 +76,7 @@ def test_errors(data):
         fm.find_outliers(x, w, labels, 5)
     with pytest.raises(ValueError, match="weight has 36 rows, no multiple of sub_centers = 5"):
         margin_cross_entropy(x, w, labels, fm.ArcFace(), sub_centers=5)
-    with pytest.raises(ValueError, match="sub_centers = 0; expected a positive integer"):
+    with pytest.raises(ValueError, match="sub_centers = 0; expected an integer, at least 1"):
         fm.MarginHead(D, C, sub_centers=0)
     with pytest.raises(ValueError, match="angle = 200"):
         fm.find_outliers(x, w, labels, K, 200)

@@ -210,7 +210,7 @@ class AdaMSoftmax(StatefulMargin):
         self, num_classes: int, low: float = 0.3, high: float = 0.4, weight: float = 70.0, *, gradient: str = "exact"
     ) -> None:
         super().__init__(gradient)
-        count("num_classes", num_classes)
+        num_classes = count("num_classes", num_classes)
         number("low", low, 0, 1)
         number("high", high, low, 1)
         number("weight", weight, 0)
@@ -275,7 +275,7 @@ class KappaFace(StatefulMargin):
         number("gamma", gamma, 0, 1)
         self.m, self.temperature, self.gamma, self.tail = m, temperature, gamma, tail
         counts = class_counts(counts)
-        count("embedding_size", embedding_size)
+        embedding_size = count("embedding_size", embedding_size)
         self.register_buffer("counts", counts)
         self.register_buffer("kappa", torch.zeros_like(counts))
         self.register_buffer("sums", counts.new_zeros(len(counts), embedding_size))

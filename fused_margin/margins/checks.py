@@ -8,7 +8,7 @@ parameter  a value for all, for each class or for each sample, with gradient whe
 from __future__ import annotations
 
 import math
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -21,8 +21,10 @@ LARGEST_FACTOR = 64  # of the angle in psi; papers stop at 4
 
 def number(name: str, value: float, low: float = -math.inf, high: float = math.inf, why: str = "") -> None:
     """A finite number in [low, high]; a tensor is refused, as nothing would follow its value or its device."""
-    if isinstance(value, (Tensor, PerClass, PerSample)):
-        raise TypeError(f"{name}: got a {type(value).__name__}; expected a plain number, as in {name}=float(...)")
+    if isinstance(value, bool) or not isinstance(value, Real):
+        tensors = isinstance(value, (Tensor, PerClass, PerSample))
+        got = f"a {type(value).__name__}" if tensors else repr(value)
+        raise TypeError(f"{name}: got {got}; expected a plain number, as in {name}=float(...)")
     parameter(name, value, low, high, why)
 
 
@@ -56,10 +58,21 @@ def psi_factor(name: str, value: RowParameter) -> None:
     parameter(name, value, 1, LARGEST_FACTOR, "psi has as many folds, and T falls by 2 at each")
 
 
-def count(name: str, value: int, low: int = 1, why: str = "") -> None:
-    """A number of classes, dimensions or steps."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+def count(name: str, value: int, low: int = 1, why: str = "") -> int:
+    """A number of classes, dimensions or steps: the value itself, an int where it was another library's integer."""
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < low:
         raise ValueError(f"{name} = {value!r}; expected an integer, at least {low}{f': {why}' if why else ''}")
+    return int(value)
+
+
+def flag(name: str, value: bool) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} = {value!r}; expected True or False")
+
+
+def tensor(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: got {type(value).__name__}; expected a tensor, as torch.as_tensor({name}) gives")
 
 
 def class_counts(counts: Tensor) -> Tensor:

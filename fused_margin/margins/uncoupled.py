@@ -95,7 +95,7 @@ class SphereFace2(StatefulMargin):
         number("balance", balance, 1e-6, 1 - 1e-6)
         number("weight", weight, 1e-9)
         number("scale", scale, 1e-9)
-        count("num_classes", num_classes)
+        num_classes = count("num_classes", num_classes)
         self.num_classes = num_classes
         self.kind, self.m, self.t, self.balance, self.weight = kind, m, t, balance, weight
         self.default_scale = float(scale)
@@ -170,7 +170,7 @@ class UniFace(StatefulMargin):
         super().__init__(gradient)
         self.hold("m", m, 0, 2)
         number("weight", weight, 1e-9)
-        count("num_classes", num_classes)
+        num_classes = count("num_classes", num_classes)
         self.weight, self.num_classes = weight, num_classes
         self.by_class = ("b",) if per_class else ()
         self.b = nn.Parameter(torch.full((num_classes,) if per_class else (), math.log(10 * num_classes)))

@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from .. import functional, inputs
 from ..heads import MarginHead
 from ..margins import Margin, PerSample, RowParameter
-from ..margins.checks import choice, number
+from ..margins.checks import choice, count, number
 from ..rows import Mining
 from ..scales import ScaleRule
 from ..state import recomputing
@@ -89,18 +89,12 @@ class PartialFC(MarginHead):
         number("sample_rate", sample_rate, 1e-12, 1, "a part of the classes")
         choice("sampling", sampling, SAMPLINGS)
         choice("embedding_grad", embedding_grad, EMBEDDING_GRADS)
-        for name, value, low in (
-            ("seed", seed, 0),
-            ("max_local_batch", max_local_batch, 1),
-            ("num_classes", num_classes, 1),
-        ):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
-                raise ValueError(f"{name} = {value!r}; expected an integer, at least {low}")
+        self.seed, self.step = count("seed", seed, 0), 0
+        self.max_local_batch = None if max_local_batch is None else count("max_local_batch", max_local_batch)
         self.ranks = Ranks(process_group)
-        self.layout = Layout(num_classes, self.ranks.world, self.ranks.rank)
+        self.layout = Layout(count("num_classes", num_classes), self.ranks.world, self.ranks.rank)
         self.sample_rate, self.sampling, self.embedding_grad = float(sample_rate), sampling, embedding_grad
         self.sparse_grad = sample_rate < 1 if sparse_grad is None else bool(sparse_grad)
-        self.seed, self.step, self.max_local_batch = seed, 0, max_local_batch
         self._swept_rows = 0  # of the last step
         self.sharded_names: set[str] = set()  # parameters and buffers that hold this rank's rows of [C, ...]
         super().__init__(
@@ -132,12 +126,23 @@ class PartialFC(MarginHead):
     def _make_weight(self, bias: bool, options: dict) -> None:
         columns = self.sub_centers * self.embedding_size
         self._add_rows("weight", nn.Parameter(torch.empty(self.layout.count, columns, **options)))
-        if self.sparse_grad:
-            self.weight.register_post_accumulate_grad_hook(self._mark_coalesced)
         if bias:
             self._add_rows("bias", nn.Parameter(torch.zeros(self.layout.count, **options)))
         else:
             self.bias = None
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Also where `load_state_dict(assign=True)` or a user puts another parameter in the place of the weight."""
+        super().register_parameter(name, param)
+        self._watch_weight()
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)  # a copy's parameters have no hooks
+        self._watch_weight()
+
+    def _watch_weight(self) -> None:
+        if self.sparse_grad and (weight := self._parameters.get("weight")) is not None:
+            weight.register_post_accumulate_grad_hook(self._mark_coalesced)
 
     def _add_rows(self, name: str, local: Tensor) -> None:
         """A parameter or buffer that holds this rank's rows."""
@@ -204,11 +209,8 @@ class PartialFC(MarginHead):
         local_embeddings [b, D], local_labels [b], sample_weight [b]: ranks may bring different numbers of rows, in each
         step anew, and none at all.
         """
-        try:
+        with self._or_refuse(self.max_local_batch):
             self._check_input(local_embeddings, local_labels, sample_weight)
-        except Exception:
-            refuse(self.ranks, self.max_local_batch, self._rows("weight").device)
-            raise
         ignored = self.options["ignore_index"]
         labels = local_labels.long()
         batch = gather_batch(self.ranks, local_embeddings, labels, sample_weight, self.max_local_batch, ignored)
@@ -318,6 +320,15 @@ class PartialFC(MarginHead):
             torch.manual_seed(mixed(self.seed, _MARGIN, self._this_step()))
             yield
 
+    @contextlib.contextmanager
+    def _or_refuse(self, capacity: int | None = None) -> Iterator[None]:
+        """The other ranks, which wait for this one's rows, are told where the block raises."""
+        try:
+            yield
+        except Exception:
+            refuse(self.ranks, capacity, self._rows("weight").device)
+            raise
+
     def _check_input(self, embeddings: Tensor, labels: Tensor, sample_weight: Tensor | None) -> None:
         w = self._rows("weight").view(-1, self.embedding_size)
         inputs.check_tensors(embeddings, w, labels, None, self.sub_centers, _ANY_SHARD)
@@ -351,8 +362,10 @@ class PartialFC(MarginHead):
 
     def topk(self, embeddings: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """(cosines, class numbers), both [b, k], of this rank's rows over all ranks' classes; all must call it."""
-        if not 1 <= k <= self.num_classes:
-            raise ValueError(f"k = {k}; expected 1 <= k <= {self.num_classes}, the number of classes")
+        w = self._rows("weight").view(-1, self.embedding_size)
+        with self._or_refuse():
+            inputs.check_tensors(embeddings, w, None, None, self.sub_centers, _ANY_SHARD)
+            k = inputs.checked_k(k, self.num_classes)
         names = ("normalize_embeddings", "normalize_weight", "compute_dtype", "sub_centers")
         options = {name: self.options[name] for name in names}
         bias = None
@@ -366,7 +379,6 @@ class PartialFC(MarginHead):
         best = torch.full(shape, -torch.inf, dtype=functional.acc_dtype(embeddings), device=embeddings.device)
         ids = torch.zeros(shape, dtype=torch.long, device=embeddings.device)
         if here:
-            w = self._rows("weight").view(-1, self.embedding_size)
             found = functional.topk(batch.x, w, here, bias=bias, **options)
             best[:, :here], ids[:, :here] = found[0], found[1] + self.layout.first
         best, ids = (self.ranks.gather(t).transpose(0, 1).flatten(1) for t in (best, ids))  # [B, world * k]

@@ -184,6 +184,19 @@ class TestDisagreement:
         first, *others = run_threads(world, body)
         assert all(torch.equal(first, loss) for loss in others)
 
+    def test_what_one_rank_refuses_in_topk(self):
+        def body():
+            head, odd = fm.PartialFC(4, 20), dist.get_rank() == 1
+            x = torch.ones(2, 4)
+            for wrong, k, said in ((x, 21, "k = 21"), (x[:, :3], 2, "last dimension"), (x.tolist(), 2, "got list")):
+                match = said if odd else "rank 1 was given what the head does not take"
+                with pytest.raises((TypeError, ValueError), match=match):
+                    head.topk(*((wrong, k) if odd else (x, 2)))
+            return head.topk(x, 2)[1]
+
+        first, *others = run_threads(3, body)
+        assert all(torch.equal(first, ids) for ids in others)
+
 
 class TestInput:
     def test_labels_out_of_range_raise_on_all_ranks(self):

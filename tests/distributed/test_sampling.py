@@ -1,5 +1,8 @@
 """Samples: every target is in, the number is fixed, other classes are equally likely, nothing waits for a device."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -120,6 +123,30 @@ def test_reproducible_and_in_the_state(sampling):
     assert head.eval().step == 3
     head(torch.zeros(1, 4), torch.tensor([1]))
     assert head.step == 3
+
+
+def as_it_is(head):
+    return head
+
+
+def assigned(head):
+    head.load_state_dict(fm.PartialFC(4, 100, sample_rate=0.1).state_dict(), assign=True)
+    return head
+
+
+def replaced(head):
+    head.weight = torch.nn.Parameter(torch.randn(100, 4))
+    return head
+
+
+@pytest.mark.parametrize("made", [as_it_is, copy.deepcopy, lambda h: pickle.loads(pickle.dumps(h)), assigned, replaced])
+def test_the_gradient_is_marked_as_coalesced(made):
+    """Of copies too, and of another parameter in the weight's place; else each step of an optimizer would sort."""
+    head = made(fm.PartialFC(4, 100, sample_rate=0.1))
+    for _ in range(2):  # the second one adds up, rows of two samples
+        head(torch.randn(3, 4), torch.tensor([1, 5, 90])).backward()
+        assert head.weight.grad.is_coalesced()
+        assert (head.weight.grad.indices()[0].diff() > 0).all()
 
 
 def test_a_dense_gradient_on_request():
