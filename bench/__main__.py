@@ -130,7 +130,10 @@ def missing(rows: list[Row], chosen: list[Case], methods: list[str] | None, peer
 
 def measure(args: argparse.Namespace, path: Path, chosen: list[Case], methods: list[str] | None) -> list[Row]:
     """Measure what is missing in the file, adding case after case, and give all of its rows."""
-    header = results.machine(args.device, args.threads)
+    budget = args.budget or (0.2 if args.smoke else 3.0)
+    header = results.machine(args.device, args.threads) | {"budget": f"{budget:g} s of steps of a method in a case"}
+    if args.insightface:
+        header["insightface"] = results.commit_of(Path(args.insightface), ".")
     partial = path.with_suffix("".join(PARTIAL))
     start = partial if partial.exists() else path
     rows = load(start, header, args.fresh, chosen)
@@ -139,7 +142,6 @@ def measure(args: argparse.Namespace, path: Path, chosen: list[Case], methods: l
     if len(chosen) > len(todo):
         print(f"{len(chosen) - len(todo)} of {len(chosen)} cases are in {start} already; --fresh measures them anew")
     limit = run.default_memory_limit() if args.memory_limit is None else int(args.memory_limit * 2**30)
-    budget = args.budget or (0.2 if args.smoke else 3.0)
     if todo:
         results.write(partial, header, rows)  # who may not write there is told before anything is measured
     seen = sys.stderr.isatty()  # in a log, a line in a while is enough

@@ -1,7 +1,7 @@
 """Where the time of the fused head goes, as Linux' perf samples it: `python -m bench.breakdown [--write FILE]`.
 
-Samples are taken on every thread while steps (forward and backward, ArcFace, float32, fresh gradients) repeat in this
-process, and are sorted by the function that they fall into. With --write, what stands between `<!-- breakdown -->` and
+Samples are taken on every thread while steps (forward and backward, ArcFace, fresh gradients) repeat in this process,
+and are sorted by the function that they fall into. With --write, what stands between `<!-- breakdown -->` and
 `<!-- /breakdown -->` in FILE is replaced. It needs `perf` and the right to use it.
 """
 
@@ -35,7 +35,14 @@ from .heads import FUSED_MARGINS, OWN, Peers, Run, inputs_of
 from .results import machine
 from .table import seconds
 
-CASES = [Case(64, 1_000), Case(128, 100_000), Case(512, 100_000), Case(128, 1_000_000)]
+CASES = [
+    Case(64, 1_000),
+    Case(128, 100_000),
+    Case(512, 100_000),
+    Case(128, 1_000_000),
+    Case(128, 100_000, dtype="bf16"),
+    Case(512, 100_000, dtype="bf16"),
+]
 # The first pattern that is found in a sample's "library function" names its part.
 PARTS = [
     ("products, and what is done while they run", r"multiply_|add_gradient|add_share|compute_cosines"),
@@ -142,7 +149,7 @@ def overhead(least: float = 1.0) -> dict[str, float]:
 
 
 def table(measured: list[tuple[Case, float, dict[str, float]]]) -> str:
-    head = [f"{case.batch} x {case.classes:,}" for case, _, _ in measured]
+    head = [f"{case.batch} x {case.classes:,}{', bf16' * (case.dtype == 'bf16')}" for case, _, _ in measured]
     lines = [f"| part | {' | '.join(head)} |", "|---|" + "---|" * len(head)]
     lines.append(f"| a step | {' | '.join(seconds(taken) for _, taken, _ in measured)} |")
     for name, _ in PARTS:

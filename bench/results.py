@@ -156,14 +156,16 @@ def _cpu_model() -> str:
     return named[0] if named else platform.processor() or "unknown"
 
 
-def _commit() -> str:
+def commit_of(folder: Path, *paths: str) -> str:
+    """The last commit that changed one of these paths of the folder, and whether they were changed since."""
+
     def git(*words: str) -> str:
-        done = subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True)
+        done = subprocess.run(["git", "-C", str(folder), *words, "--", *paths], capture_output=True, text=True)
         return done.stdout.strip() if done.returncode == 0 else ""
 
     try:
-        commit = git("rev-parse", "--short=12", "HEAD")
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", *MEASURED)
+        commit = git("log", "-1", "--format=%h", "--abbrev=12")
+        changed = git("status", "--porcelain", "--untracked-files=no")
     except OSError:
         return "unknown"
     return f"{commit}{' with changes' if changed else ''}" if commit else "unknown"
@@ -194,7 +196,7 @@ def machine(device: str, threads: int) -> dict[str, str]:
         "torch": torch.__version__,
         "fused_margin": fm.__version__,
         **_versions(),
-        "commit": _commit(),
+        "commit": commit_of(ROOT, *MEASURED),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 

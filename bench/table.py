@@ -164,7 +164,7 @@ def normface_table(rows: list[Row], notes: Notes) -> list[str]:
 
 
 def where(header: dict[str, str]) -> str:
-    packages = ("pytorch-metric-learning", "cut-cross-entropy")
+    packages = ("pytorch-metric-learning", "cut-cross-entropy", "insightface")
     versions = [f"{name} {header[name]}" for name in ("torch", *packages) if header.get(name, "not i")[:5] != "not i"]
     gpu = "" if header["device"] == "cpu" else f"{header['device']}, "
     return (

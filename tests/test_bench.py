@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import shutil
+import subprocess
 
 import pytest
 import torch
@@ -133,6 +135,29 @@ def test_resume_measures_only_what_is_missing(tmp_path, monkeypatch, capsys):
     main.main(words)
     assert measured == []  # all is there
     assert "cases are in" in capsys.readouterr().out
+
+
+def test_the_commit_is_that_of_what_is_measured(tmp_path):
+    if shutil.which("git") is None:
+        pytest.skip("no git on PATH")
+
+    def git(*words):
+        subprocess.run(["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e", *words], check=True)
+
+    assert results.commit_of(tmp_path, "csrc") == "unknown"
+    git("init", "-q")
+    found = []
+    for path in ("csrc", "docs", "csrc"):
+        with (tmp_path / path).open("a") as file:
+            file.write("a line\n")
+        git("add", ".")
+        git("commit", "-q", "-m", path)
+        found.append(results.commit_of(tmp_path, "csrc"))
+    assert found[0] == found[1] != found[2]
+    (tmp_path / "docs").write_text("")
+    assert results.commit_of(tmp_path, "csrc") == found[2]
+    (tmp_path / "csrc").write_text("")
+    assert results.commit_of(tmp_path, "csrc") == f"{found[2]} with changes"
 
 
 def test_what_was_measured_otherwise_is_not_continued(tmp_path):
