@@ -192,6 +192,9 @@ MUTANTS = [
     *_in(
         "csrc/cpu/forward.h",
         ("kernel_sum_not_rescaled", "    sum[l] *= factor[l];\n", ""),
+        ("kernel_power_stays_too_low", "const bool low = !soft &&", "const bool low = !soft && !at_once &&"),
+        ("kernel_weighed_in_vain", "if (low || !at_once) weigh();", "if (!at_once) weigh();"),
+        ("kernel_factor_stays", "    std::fill_n(s.factor + r, lanes, T(1));\n", ""),
         ("kernel_output_not_rescaled", "if (changed && number > begin)", "if (false)"),
         ("kernel_splits_not_rescaled", "= T(factor(s) / whole);", "= T(1 / whole);"),
         ("kernel_shares_lost", "sums[v] += f * load(in", "sums[v] = f * load(in"),

@@ -83,6 +83,18 @@ def test_as_many_tiles_as_tasks(mode, classes):
     check_shape(34, classes, 20, mode, draws=1)
 
 
+@pytest.mark.parametrize("mode", ["fp64", "fp32", "bf16"])
+@pytest.mark.parametrize("rise", [6000.0, -6000.0, 300.0])
+def test_logits_that_rise(path, mode, rise):
+    """From class to class, so that sums of exponentials would overflow if the power taken out of them stayed."""
+    rule = ErrorRule()
+    for seed in range(8):
+        p = problem(MARGINS["arcface_linear"], MODES[mode], 34, 700, 24, seed, bias=True)
+        p.tensors["bias"] = torch.linspace(-rise / 2, rise / 2, 700).to(p.tensors["bias"])
+        rule.add_all(cases.run(p, "cpu"), cases.plain(p), cases.exact(p))
+    rule.check()
+
+
 def test_more_rows_than_a_task_takes():
     require("cpu")
     check_shape(600, 5000, 9, "fp32", draws=1)

@@ -23,7 +23,7 @@ void weigh_backward(const Problem<T>& p, const BackwardIn<T>& in, const Tile<T>&
     const Vec<T> red_low = load(in.red_low + row);
     for (int64_t j = 0; j < t.rows; j++) {
       T* at = first + j * cos.width;
-      if (p.pieces) ahead.ask();
+      if (kTilesApart && p.pieces) ahead.ask();
       const Element<T> e = element(p, t, cos, at, j, target);
       const Rival<Vec<T>> n = rival<rule, Ops>(e.c, tau, p.args);
       const Vec<T> u = scale * n.value + t.bias[j];
@@ -114,7 +114,10 @@ void add_gradient(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t,
         if (last) finishing.begin(m, d, block);
       };
       const int64_t rows = pace(finishing, M, N, K, p.pieces), lines = pace(loading, M, N, K, p.pieces);
-      const auto meanwhile = [&] { finishing.advance(rows), loading.advance(lines); };
+      const auto meanwhile = [&] {
+        if (!kTilesApart) return ahead.ask();
+        finishing.advance(rows), loading.advance(lines);
+      };
       multiply_tiles(M, N, K, tiles, x.rows_tiles.from(0, cos.first / kTileStep), g.sum, M, begun, done, meanwhile);
       return finishing.finish();
     }
@@ -237,12 +240,12 @@ struct WeighBackward {
   }
 };
 
-// How often the next tile is asked for while one is multiplied: in tiles, weighing asks.
+// How often the next tile is asked for while one is multiplied, as in the forward.
 template <class T>
 int64_t asks_of_backward(const Problem<T>& p, int64_t rows, int64_t depth, bool made_again, bool want_d_w) {
-  if (p.pieces) return rows * p.padded / kLanes<T>;
-  return (made_again ? rows_of_sums<T>(rows, p.padded, depth) : 0) +
-         (want_d_w ? rows_of_sums<T>(rows, depth, p.padded) : 0);
+  if (p.pieces && kTilesApart) return rows * p.padded / kLanes<T>;
+  return (made_again ? asks_in_product(p, rows, p.padded, depth) : 0) +
+         (want_d_w ? asks_in_product(p, rows, depth, p.padded) : 0);
 }
 
 // The tiles [begin, end), all rows of x of all calls. d_bias: of the only call, or null. sink: null if nobody wants dW.
@@ -263,7 +266,7 @@ void backward_task(const BackwardPart<T>* parts, int64_t count, const Partition&
   S scratch(Queue::room(p, rows, depth) + S::room<T>(n) + S::room<T>(cut.block) + S::room<uint16_t>(n * p.pieces) +
             S::room<T>(rows) + 2 * S::room<Vec<T>>(rows) + S::room<T>(height * depth) + S::room<T>(rows * p.dim));
   Queue queue(p, cut, depth, end, scratch, made_again);
-  Cosines<T> cos{scratch.take<T>(n), nullptr, scratch.take<T>(cut.block), 0, 0, 0};
+  Cosines<T> cos{scratch.take<T>(n), scratch.take<T>(cut.block), nullptr, nullptr, 0, 0, 0};
   const Tiles tiles{scratch.take<uint16_t>(n * p.pieces), p.pieces, columns / kTileStep};
   TileGradient<T> g{nullptr, nullptr, scratch.take<T>(rows)};
   const TileSums<T> sums{scratch.take<Vec<T>>(rows), scratch.take<Vec<T>>(rows)};

@@ -8,7 +8,8 @@ struct RowSums {
   double sum[kRowGroup], mean_v[kRowGroup], sum_v[kRowGroup], count[kRowGroup], masked[kRowGroup];
 };
 
-// A or N' for the products with w: as T it lies as C does (A in the place of C), in tiles as a left operand, transposed.
+// A or N' for the products with w: as T in panels of the tile's rows (A where C lies that is not kept), in tiles as a
+// left operand, transposed.
 template <class T>
 struct Weighted {
   T* wide;
@@ -26,18 +27,33 @@ FM_INLINE void store_square(Vec<T> (&a)[kLanes<T>], const Cosines<T>& cos, int64
       return;
     }
   }
-  T* to = out.wide + (cos.at(i) - cos.c) + j0 * cos.width;
+  T* to = out.wide + i / cos.width * cos.width * rows + i % cos.width + j0 * cos.width;
   for (int64_t l = 0; l < std::min(kLanes<T>, rows - j0); l++) store(to + l * cos.width, a[l]);
 }
 
-// Raises K to the whole number next to the largest logit (in powers of two) and says by which factor sums shrink.
+// Powers of two that exponentials may have above K: it is raised only where they have more, so that it seldom is.
+constexpr double kSlack = 32;
+
+// The whole number next to a logit, in powers of two.
+template <class T>
+FM_INLINE T power_next_to(T logit) {
+  return std::nearbyint(logit * T(1.4426950408889634));
+}
+
+template <class T>
+FM_INLINE bool too_low(const T* K, Vec<T> top) {
+  bool low = false;
+  for (int64_t l = 0; l < kLanes<T>; l++) low |= power_next_to(top[l]) > K[l] + T(kSlack);
+  return low;
+}
+
+// Raises K to the largest logit where it is too low, and says by which factor sums shrink; true if any does.
 template <class T>
 bool raise_power(Vec<T> top, T* K, T* factor, double* sum, double* mean_v) {
   bool changed = false;
   for (int64_t l = 0; l < kLanes<T>; l++) {
-    factor[l] = 1;
-    const T power = std::nearbyint(top[l] * T(1.4426950408889634));
-    if (!(power > K[l])) continue;
+    const T power = power_next_to(top[l]);
+    if (!(power > K[l] + T(kSlack))) continue;
     if (K[l] > T(kNoPower)) {
       factor[l] = power - K[l] < 1000 ? power_of_two(K[l] - power) : T(0);
       changed = true;
@@ -55,61 +71,73 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
                    const Weighted<T>& a_out, const Weighted<T>& slope_out, Ahead& ahead) {
   constexpr int64_t lanes = kLanes<T>;
   const bool soft = p.reduction == Reduction::softplus;
-  const Vec<T> zero{};
+  const Vec<T> zero{}, lowest = splat(-std::numeric_limits<T>::infinity());
   bool changed = false;
   for (int64_t i = 0; i < cos.columns; i += lanes) {
     const int64_t row = cos.first + i, r = s_first + i;
     const T* first = cos.at(i);
     const Vec<T> scale = load(p.scale + row), tau = load(p.tau + row), target = load(cos.place + i);
-    Vec<T> top = splat(-std::numeric_limits<T>::infinity()), best = top, count{}, masked{}, sum_v{};
-    for (int64_t j = 0; j < t.rows; j++) {
-      const Element<T> e = element(p, t, cos, first + j * cos.width, j, target);
-      const Vec<T> v = rival<rule, Ops>(e.c, tau, p.args).value, u = scale * v + t.bias[j];
-      top = select(e.excluded, top, select(u > top, u, top));
-      if constexpr (extras) {
-        const auto hard = e.c > tau;
-        const Vec<T> score = p.bias ? e.c + t.bias[j] / scale : e.c;
-        best = select(e.excluded, best, select(score > best, score, best));
-        count += select(e.excluded, zero, select(hard, zero + T(1), zero));
-        masked += select(e.excluded, zero, select(hard, e.c, zero));
-        sum_v += select(e.excluded, zero, v);
-      }
-    }
-    if (!soft) changed |= raise_power<T>(top, s.K + r, s.factor + r, s.sum + r, s.mean_v + r);
-
-    const Vec<T> K = load(s.K + r);
-    Vec<T> sum{}, mean_v{};
-    for (int64_t j0 = 0; j0 < t.height; j0 += lanes) {      // below the rows of w there are zeros
-      Vec<T> a_square[lanes], slope_square[lanes], part{};  // many equal rivals round alike: sums of sums
-      for (int64_t l = 0; l < lanes; l++) {
-        const int64_t j = j0 + l;
-        if (p.pieces) ahead.ask();
-        a_square[l] = slope_square[l] = zero;
-        if (j >= t.rows) continue;
+    Vec<T> top, best, count, masked, sum_v;
+    const auto look = [&] {
+      top = best = lowest, count = masked = sum_v = zero;
+      for (int64_t j = 0; j < t.rows; j++) {
         const Element<T> e = element(p, t, cos, first + j * cos.width, j, target);
-        const Rival<Vec<T>> n = rival<rule, Ops>(e.c, tau, p.args);
-        const Vec<T> u = scale * n.value + t.bias[j];
-        Vec<T> a, red;
-        if (soft) {
-          softplus<T>(u, red, a);
-        } else {
-          const Vec<T> shifted = u - K * T(0.693359375);  // ln 2 in two parts
-          red = a = exponential(shifted + K * T(2.121944400546905e-4));
+        const Vec<T> v = rival<rule, Ops>(e.c, tau, p.args).value, u = scale * v + t.bias[j];
+        top = select(e.excluded, top, select(u > top, u, top));
+        if constexpr (extras) {
+          const auto hard = e.c > tau;
+          const Vec<T> score = p.bias ? e.c + t.bias[j] / scale : e.c;
+          best = select(e.excluded, best, select(score > best, score, best));
+          count += select(e.excluded, zero, select(hard, zero + T(1), zero));
+          masked += select(e.excluded, zero, select(hard, e.c, zero));
+          sum_v += select(e.excluded, zero, v);
         }
-        a = select(e.excluded, zero, a);
-        part += select(e.excluded, zero, red);
-        if constexpr (extras) mean_v += a * n.value;
-        const Vec<T> slope = (p.unit_slope ? zero + T(1) : n.slope) * t.inv[j];
-        a_square[l] = a * slope;
-        if constexpr (extras) slope_square[l] = select(e.excluded, zero, slope);
       }
-      sum += part;
-      if (!(p.want & kDx)) continue;
-      store_square<T>(a_square, cos, t.rows, a_out, i, j0);
-      if constexpr (extras) {
-        if (p.want & kSum) store_square<T>(slope_square, cos, t.rows, slope_out, i, j0);
+    };
+    Vec<T> sum, mean_v;
+    const auto weigh = [&] {
+      const Vec<T> K = load(s.K + r);
+      sum = mean_v = zero, top = lowest;
+      for (int64_t j0 = 0; j0 < t.height; j0 += lanes) {      // below the rows of w there are zeros
+        Vec<T> a_square[lanes], slope_square[lanes], part{};  // many equal rivals round alike: sums of sums
+        for (int64_t l = 0; l < lanes; l++) {
+          const int64_t j = j0 + l;
+          if (kTilesApart && p.pieces) ahead.ask();
+          a_square[l] = slope_square[l] = zero;
+          if (j >= t.rows) continue;
+          const Element<T> e = element(p, t, cos, first + j * cos.width, j, target);
+          const Rival<Vec<T>> n = rival<rule, Ops>(e.c, tau, p.args);
+          const Vec<T> u = scale * n.value + t.bias[j];
+          top = select(e.excluded, top, select(u > top, u, top));
+          Vec<T> a, red;
+          if (soft) {
+            softplus<T>(u, red, a);
+          } else {
+            const Vec<T> shifted = u - K * T(0.693359375);  // ln 2 in two parts
+            red = a = exponential(shifted + K * T(2.121944400546905e-4));
+          }
+          a = select(e.excluded, zero, a);
+          part += select(e.excluded, zero, red);
+          if constexpr (extras) mean_v += a * n.value;
+          const Vec<T> slope = (p.unit_slope ? zero + T(1) : n.slope) * t.inv[j];
+          a_square[l] = a * slope;
+          if constexpr (extras) slope_square[l] = select(e.excluded, zero, slope);
+        }
+        sum += part;
+        if (!(p.want & kDx)) continue;
+        store_square<T>(a_square, cos, t.rows, a_out, i, j0);
+        if constexpr (extras) {
+          if (p.want & kSum) store_square<T>(slope_square, cos, t.rows, slope_out, i, j0);
+        }
       }
-    }
+    };
+    // Where A does not take the place of C, whether K is too low may turn out in weighing: then it was in vain.
+    const bool at_once = !extras && (soft || (s.K[r] > T(kNoPower) && (p.pieces || cos.c != a_out.wide)));
+    at_once ? weigh() : look();
+    std::fill_n(s.factor + r, lanes, T(1));
+    const bool low = !soft && too_low<T>(s.K + r, top);
+    if (low) changed |= raise_power<T>(top, s.K + r, s.factor + r, s.sum + r, s.mean_v + r);
+    if (low || !at_once) weigh();
     for (int64_t l = 0; l < lanes; l++) {
       s.sum[r + l] += sum[l];
       if constexpr (extras) {
@@ -160,7 +188,7 @@ void add_share(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos, con
       const int64_t M = cos.columns, N = round_up(p.dim, kPad), K = t.height, lines = pace(loading, M, N, K, p.pieces);
       return multiply_tiles(
           M, N, K, a.tiles, t.right, share.at(cos.first, 0), p.padded, add, [](int64_t, int64_t, float*) {},
-          [&] { loading.advance(lines); });
+          [&] { kTilesApart ? loading.advance(lines) : ahead.ask(); });
     }
   }
   constexpr int64_t P = kPanel<T>;
@@ -189,11 +217,12 @@ void scale_share(const Cosines<T>& cos, const T* factor, const Share<T>& share) 
   }
 }
 
-// How often the next tile is asked for while one is multiplied with so many rows of x: in tiles, weighing asks.
+// How often the next tile is asked for while one is multiplied with so many rows of x. Where products of tiles have a
+// unit of their own, rows are read beside them, and weighing asks.
 template <class T>
 int64_t asks_of_forward(const Problem<T>& p, int64_t rows, int64_t rows_of_x, int64_t depth) {
-  if (p.pieces) return rows * rows_of_x / kLanes<T>;
-  return rows_of_sums<T>(rows, rows_of_x, depth) + shares_of(p) * rows_of_sums<T>(rows_of_x, depth, 1);
+  if (p.pieces && kTilesApart) return rows * rows_of_x / kLanes<T>;
+  return asks_in_product(p, rows, rows_of_x, depth) + shares_of(p) * asks_in_product(p, rows_of_x, depth, rows);
 }
 
 // One group of rows with one range of tiles.
@@ -207,8 +236,8 @@ void forward_task(const Problem<T>& p, const Partition& cut, int64_t group, int6
   using Queue = TileQueue<T, decltype(always)>;
   S scratch(Queue::room(p, cut.tile_rows, x.depth) + S::room<T>(n) + S::room<T>(cut.block) +
             2 * S::room<uint16_t>(n * p.pieces) + S::room<T>(n) + S::room<RowSums<T>>(1));
-  Cosines<T> cos{scratch.take<T>(n), nullptr, scratch.take<T>(cut.block), 0, 0, 0};
-  Weighted<T> a{cos.c, {}}, slope{nullptr, {}};
+  Cosines<T> cos{scratch.take<T>(n), scratch.take<T>(cut.block), nullptr, nullptr, 0, 0, 0};
+  Weighted<T> a{cos.buffer, {}}, slope{nullptr, {}};
   if (p.pieces) {
     a.tiles = {scratch.take<uint16_t>(n * p.pieces), p.pieces, height / kTileStep};
     slope.tiles = {scratch.take<uint16_t>(n * p.pieces), p.pieces, height / kTileStep};

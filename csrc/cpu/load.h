@@ -126,10 +126,11 @@ class Ahead {
     return *this;
   }
   FM_INLINE void ask() {
-    for (int64_t lines = lines_; lines > 0 && next_ < stop_; lines--) {
-      __builtin_prefetch(next_, 0, 2);
-      next_ += 64;
-      if (next_ >= stop_) next_row();
+    for (int64_t lines = lines_; lines > 0 && next_ < stop_;) {
+      const char *next = next_, *const end = std::min(stop_, next + 64 * lines);
+      for (; next < end; next += 64, lines--) __builtin_prefetch(next, 0, 2);
+      next_ = next;
+      if (next >= stop_) next_row();
     }
   }
 
@@ -153,10 +154,11 @@ Ahead tile_ahead(const Problem<T>& p, int64_t number, int64_t tile_rows, int64_t
   return Ahead(p.w, p.dim, first, std::min(first + tile_rows, p.classes * p.sub_centers)).spread(asks);
 }
 
-// Rows of blocks of sums in a product [M, K] x [K, N] on panels: as often something can be asked for while it runs.
+// How often something can be asked for while a product [M, K] x [K, N] runs.
 template <class T>
-int64_t rows_of_sums(int64_t M, int64_t N, int64_t K) {
-  return M * div_up(N, kPanel<T>) * div_up(K, kProductDepth);
+int64_t asks_in_product(const Problem<T>& p, int64_t M, int64_t N, int64_t K) {
+  if (p.pieces) return calls_meanwhile(round_up(M, kPad), round_up(N, kPad), round_up(K, kPad), p.pieces);
+  return M * div_up(N, kPanel<T>) * div_up(K, kProductDepth);  // rows of blocks of sums
 }
 
 template <class T>

@@ -70,12 +70,13 @@ void pack_row(const T* row, int64_t dim, int64_t rows, T* out) {
   for (int64_t k = d; k < round_up(dim, P); k++) out[k - d] = k < dim ? row[k] : T(0);
 }
 
-// c [M, N] = a [M, K] b [K, N], all in panels (K a multiple of kPanel), strips of c one after the other.
+// c [M, N] = a [M, K] b [K, N], all in panels (K a multiple of kPanel); panels of c have `rows` rows.
 // meanwhile() runs before each row of a block of sums.
 template <class T, class Meanwhile>
-void multiply_panels(int64_t M, int64_t N, int64_t K, const T* a, const T* b, T* c, const Meanwhile& meanwhile) {
+void multiply_panels(int64_t M, int64_t N, int64_t K, const T* a, const T* b, T* c, int64_t rows,
+                     const Meanwhile& meanwhile) {
   constexpr int64_t P = kPanel<T>;
-  for (int64_t n = 0; n < N; n += P, b += K * P, c += M * P)
+  for (int64_t n = 0; n < N; n += P, b += K * P, c += rows * P)
     for (int64_t k = 0; k < K; k += kProductDepth) {
       const auto at = [&](int64_t m, int v) { return c + m * P + v * kLanes<T>; };
       multiply_strip<Summed::columns>(

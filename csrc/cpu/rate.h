@@ -18,6 +18,6 @@ inline int64_t multiply_repeatedly(int64_t pieces, int64_t repeats) {
   }
 #endif
   const float* a = reinterpret_cast<const float*>(operands.get());
-  for (int64_t i = 0; i < repeats; i++) multiply_panels(M, N, K, a, a + M * K, c.get(), [] {});
+  for (int64_t i = 0; i < repeats; i++) multiply_panels(M, N, K, a, a + M * K, c.get(), M, [] {});
   return 2 * M * N * K;
 }

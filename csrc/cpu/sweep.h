@@ -69,11 +69,12 @@ template <class T>
 struct Cosines {
   static constexpr int64_t width = kPanel<T>;
 
-  T* c;                    // [height of the tile, columns] in panels, to be multiplied with `factor` of the row
-  const T* factor;         // [rows of the tile]
+  T* buffer;               // [height of the tile, columns]
   T* place;                // [columns] the row's target as a class of this tile, -1 if it is elsewhere
+  T* c;                    // in panels, to be multiplied with `factor` of the row: `buffer`, or where they are kept
+  const T* factor;         // [rows of the tile]
   int64_t columns, first;  // rows of x in this block; the first one
-  int64_t height;          // of the tile
+  int64_t height;          // of a panel
 
   // Column i of the tile's first row; from a row to the next it is `width`.
   T* at(int64_t i) const { return c + i / width * width * height + i % width; }
@@ -105,11 +106,16 @@ void keep_best_centers(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& 
 enum class Kept { write, read };
 
 // They lie in panels as in Cosines, but of all rows that are kept: [padded / width, kept_rows, width].
+template <class T>
+T* kept_at(const Problem<T>& p, const Tile<T>& t, int64_t column) {
+  return p.kept + column * p.kept_rows + t.first_class * p.sub_centers * Cosines<T>::width;
+}
+
 template <Kept direction, class T>
 void move_kept(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos) {
-  const int64_t row = t.first_class * p.sub_centers, rows = std::min(t.rows, p.kept_rows - row);
+  const int64_t rows = std::min(t.rows, p.kept_rows - t.first_class * p.sub_centers);
   for (int64_t i = 0; i < cos.columns && rows > 0; i += cos.width) {
-    T *here = cos.at(i), *there = p.kept + (cos.first + i) * p.kept_rows + row * cos.width;
+    T *here = cos.at(i), *there = kept_at(p, t, cos.first + i);
     const size_t bytes = size_t(rows * cos.width) * sizeof(T);
     if constexpr (direction == Kept::write)
       std::memcpy(there, here, bytes);
@@ -131,23 +137,27 @@ void multiply_rows_of_x(const Problem<T>& p, const PackedRows<T>& x, const Tile<
     if (p.pieces) {
       const int64_t M = t.height, N = out.columns, units = pace(work, M, N, x.depth, p.pieces);
       return multiply_tiles(
-          M, N, x.depth, t.left, x.columns_tiles.from(out.first / kTileSide, 0), out.c, M, false,
-          [](int64_t, int64_t, float*) {}, [&] { work.advance(units); });
+          M, N, x.depth, t.left, x.columns_tiles.from(out.first / kTileSide, 0), out.c, out.height, false,
+          [](int64_t, int64_t, float*) {}, [&] { kTilesApart ? work.advance(units) : ahead.ask(); });
     }
   }
-  multiply_panels(t.rows, out.columns, x.depth, t.panels, x.columns.get() + out.first * x.depth, out.c,
+  multiply_panels(t.rows, out.columns, x.depth, t.panels, x.columns.get() + out.first * x.depth, out.c, out.height,
                   [&] { ahead.ask(); });
 }
 
 template <Kept direction, class T, class Work>
 void compute_cosines(const Problem<T>& p, const PackedRows<T>& x, const Tile<T>& t, int64_t first, int64_t block,
                      Cosines<T>& out, Work& work, Ahead& ahead) {
+  const bool whole = all_kept(p, t), known = direction == Kept::read && whole;
+  // Where they are kept, products are made at once, if nobody overwrites them there: neither sub-centres nor rows below
+  // the tile's. In the backward, a copy is read faster than memory itself.
+  const bool in_place = direction == Kept::write && whole && t.rows == t.height && p.sub_centers == 1;
   out.first = first;
-  out.height = t.height;
+  out.c = in_place ? kept_at(p, t, first) : out.buffer;
+  out.height = in_place ? p.kept_rows : t.height;
   const int64_t n = out.columns = std::min(block, p.padded - first);
-  const bool known = direction == Kept::read && all_kept(p, t);
   if (!known) multiply_rows_of_x(p, x, t, out, work, ahead);
-  if (known || direction == Kept::write) move_kept<direction>(p, t, out);
+  if (!in_place && (known || direction == Kept::write)) move_kept<direction>(p, t, out);
   for (int64_t i = 0; i < n; i++) {
     const int64_t target = p.target[first + i], j = target - t.first_class;
     out.place[i] = target >= 0 && j >= 0 && j < t.classes ? T(j) : T(-1);
@@ -174,7 +184,7 @@ FM_INLINE Element<T> element(const Problem<T>& p, const Tile<T>& t, const Cosine
     c = select(loser, Vec<T>{}, c);
   }
   c *= cos.factor[r];
-  if (p.clamp) c = select(c < splat(T(-1)), splat(T(-1)), select(c > splat(T(1)), splat(T(1)), c));  // a NaN stays one
+  if (p.clamp) c = within_one<T>(c);
   return {c, excluded};
 }
 

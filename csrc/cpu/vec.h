@@ -72,6 +72,19 @@ FM_INLINE Vec<double> widened(Vec<float> v) {
 }
 FM_INLINE Vec<double> widened(Vec<double> v) { return v; }
 
+// v between -1 and 1; a NaN stays one.
+template <class T>
+FM_INLINE Vec<T> within_one(Vec<T> v) {
+#if defined(__x86_64__) && FM_VECTOR_BYTES == 64
+  if constexpr (sizeof(T) == 4) {  // of two operands the second one is the result where one is a NaN
+    const __m512 one = _mm512_set1_ps(1.f), v512 = (__m512)v;
+    return (Vec<T>)_mm512_maskz_max_ps(0xffff, -one, _mm512_maskz_min_ps(0xffff, one, v512));
+  }
+#endif
+  const Vec<T> one = splat(T(1));
+  return select(v < -one, -one, select(v > one, one, v));
+}
+
 // The nearest integer, for |v| < 2^22.
 FM_INLINE Vec<float> nearest(Vec<float> v) {
   const Vec<float> magic = splat(12582912.f);  // 1.5 * 2^23: adding it leaves no room for a fraction
