@@ -206,8 +206,8 @@ LOSS_MUTANTS = [
         "fused_margin/margins/checks.py",
         (
             "tensors_for_plain_numbers",
-            "if isinstance(value, (Tensor, PerClass, PerSample)):\n        raise TypeError",
-            "if False:\n        raise TypeError",
+            "if isinstance(value, bool) or not isinstance(value, Real):\n        tensors",
+            "if False:\n        tensors",
         ),
         ("psi_of_any_factor", "parameter(name, value, 1, LARGEST_FACTOR,", "parameter(name, value, 1, math.inf,"),
         ("scalars_that_learn_nothing", "if isinstance(inner, Tensor) and inner.requires_grad:", "if False:"),

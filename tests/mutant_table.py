@@ -161,7 +161,7 @@ MUTANTS = [
         "csrc/cpu/sweep.h",
         ("kernel_label_off_by_one", "j >= 0 && j < t.classes ? T(j)", "j >= 0 && j < t.classes - 1 ? T(j)"),
         ("kernel_kept_tile_cut", "* p.sub_centers + t.rows <= p.kept_rows", "* p.sub_centers < p.kept_rows"),
-        ("kernel_kept_rows_shifted", "there = p.kept + (cos.first + i)", "there = p.kept + i"),
+        ("kernel_kept_rows_shifted", "kept_at(p, t, cos.first + i);", "kept_at(p, t, i);"),
         ("kernel_lesser_centres_count", "excluded |= loser;", ""),
         ("kernel_softplus_slope", "slope = select(u < zero, e, one)", "slope = select(u < zero, one, e)"),
     ),
