@@ -132,7 +132,8 @@ bool weigh_forward(const Problem<T>& p, const Tile<T>& t, const Cosines<T>& cos,
       }
     };
     // Where A does not take the place of C, whether K is too low may turn out in weighing: then it was in vain.
-    const bool at_once = !extras && (soft || (s.K[r] > T(kNoPower) && (p.pieces || cos.c != a_out.wide)));
+    const bool stays = p.pieces || cos.c != a_out.wide || !(p.want & kDx);
+    const bool at_once = !extras && (soft || (stays && s.K[r] > T(kNoPower)));
     at_once ? weigh() : look();
     std::fill_n(s.factor + r, lanes, T(1));
     const bool low = !soft && too_low<T>(s.K + r, top);
