@@ -137,6 +137,8 @@ def measure(args: argparse.Namespace, path: Path, chosen: list[Case], methods: l
     partial = path.with_suffix("".join(PARTIAL))
     start = partial if partial.exists() else path
     rows = load(start, header, args.fresh, chosen)
+    if rows:
+        header = results.read(start)[0] | header  # what rows of an earlier run were measured with
     peers = Peers(args.insightface, args.cut_cross_entropy)
     todo = missing(rows, chosen, methods, peers)
     if len(chosen) > len(todo):

@@ -20,7 +20,8 @@ from .stats import Spread, paired, spread
 
 FOLDER = ROOT / "bench/results"
 MEASURED = ("fused_margin", "csrc", "bench/*.py", "examples/head_cost.py")  # what decides the numbers
-SAME = ("machine", "cpu", "device", "cpu path", "torch", "fused_margin", "commit")  # must agree to go on with a file
+# What must agree to go on with a file, if both say it.
+SAME = ("machine", "cpu", "device", "cpu path", "torch", "fused_margin", "commit", "budget", "insightface")
 
 
 @dataclass
@@ -203,4 +204,5 @@ def machine(device: str, threads: int) -> dict[str, str]:
 
 def differences(old: dict[str, str], new: dict[str, str]) -> list[str]:
     """What of the machine differs, in words."""
-    return [f"{name}: {old.get(name)!r} there, {new[name]!r} now" for name in SAME if old.get(name) != new[name]]
+    both = [name for name in SAME if name in old and name in new]
+    return [f"{name}: {old[name]!r} there, {new[name]!r} now" for name in both if old[name] != new[name]]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import functional, inputs, rows
 from .backends import BACKENDS
 from .margins import ArcFace, Margin, PerClass, PerSample, RowParameter, as_margin
-from .margins.checks import count, flag
+from .margins.checks import count, flag, tensor
 from .rows import Mining
 from .scales import ScaleRule
 from .spec import EPS, acc_dtype
@@ -97,8 +97,8 @@ class MarginHead(KeepsPrecision):
         self._margin = None if margin is self.margin_module else self._per_class(margin)
         held = {} if self._margin is None else self._margin.tensors()
         self._margin_tensors = {name: "margin_" + name.replace(".", "_") for name in held}
-        for name, tensor in held.items():
-            self._hold(self._margin_tensors[name], tensor)
+        for name, value in held.items():
+            self._hold(self._margin_tensors[name], value)
         self.reset_parameters()
 
     def _make_weight(self, bias: bool, options: dict) -> None:
@@ -170,7 +170,7 @@ class MarginHead(KeepsPrecision):
 
         Equivalent to: `scale * F.linear(F.normalize(embeddings), F.normalize(weight)) + bias`
         """
-        inputs.check_tensors(embeddings, self.weight, None, None, self.sub_centers)
+        tensor("embeddings", embeddings)
         acc = acc_dtype(self.weight)
         with torch.autocast(embeddings.device.type, enabled=False):
             x, w = embeddings.to(acc), self.weight.to(acc)

@@ -58,11 +58,6 @@ BAD = {  # what is changed, the error, and what it must say: what was got, what 
         TypeError,
         ["embeddings are a nested tensor", "expected a dense one"],
     ),
-    "on meta": (
-        {"embeddings": X.to("meta"), "weight": W.to("meta"), "labels": Y.to("meta")},
-        ValueError,
-        ["embeddings are on the device meta", "expected a real one"],
-    ),
     "flag": ({"normalize_weight": "no"}, TypeError, ["normalize_weight = 'no'", "expected True or False"]),
     "ignore_index": ({"ignore_index": 2**70}, TypeError, ["ignore_index = 118", "an integer of 64 bits"]),
     "no smoothing": ({"label_smoothing": None}, TypeError, ["label_smoothing: got None", "expected a plain number"]),

@@ -91,7 +91,7 @@ FM_INLINE Vec<float> nearest(Vec<float> v) {
   return v + magic - magic;
 }
 
-// exp(v): below -87 it is 0, NaN stays; relative error 1e-7. v <= 88.
+// exp(v): below -87 it is 0, NaN stays; relative error 1e-7. Above 88 it is some number, not to be used.
 FM_INLINE Vec<float> exponential(Vec<float> v) {
   const Vec<float> low = splat(-87.f), x = select(v < low, low, v);
   const Vec<float> k = nearest(x * 1.44269504f);

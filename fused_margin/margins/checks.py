@@ -66,7 +66,8 @@ def count(name: str, value: int, low: int = 1, why: str = "") -> int:
 
 
 def flag(name: str, value: bool) -> None:
-    if not isinstance(value, bool):
+    """A bool, also another library's, or 0 or 1."""
+    if value not in (False, True):
         raise TypeError(f"{name} = {value!r}; expected True or False")
 
 

@@ -134,15 +134,23 @@ class PartialFC(MarginHead):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Also where `load_state_dict(assign=True)` or a user puts another parameter in the place of the weight."""
         super().register_parameter(name, param)
-        self._watch_weight()
+        if name == "weight" and param is not None:
+            self._watch_weight()
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)  # a copy's parameters have no hooks
         self._watch_weight()
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PartialFC:
+        before = self.weight
+        super()._apply(fn, recurse)
+        if self.weight is not before:  # as after to_empty() of a head on meta
+            self._watch_weight()
+        return self
+
     def _watch_weight(self) -> None:
-        if self.sparse_grad and (weight := self._parameters.get("weight")) is not None:
-            weight.register_post_accumulate_grad_hook(self._mark_coalesced)
+        if self.sparse_grad and self.weight.requires_grad:  # a frozen one takes no hook
+            self.weight.register_post_accumulate_grad_hook(self._mark_coalesced)
 
     def _add_rows(self, name: str, local: Tensor) -> None:
         """A parameter or buffer that holds this rank's rows."""

@@ -130,16 +130,32 @@ def as_it_is(head):
 
 
 def assigned(head):
-    head.load_state_dict(fm.PartialFC(4, 100, sample_rate=0.1).state_dict(), assign=True)
+    head.load_state_dict({name: t.clone() for name, t in head.state_dict().items()}, assign=True)
     return head
 
 
 def replaced(head):
-    head.weight = torch.nn.Parameter(torch.randn(100, 4))
+    head.weight = torch.nn.Parameter(torch.randn(100, 4), requires_grad=head.weight.requires_grad)
     return head
 
 
-@pytest.mark.parametrize("made", [as_it_is, copy.deepcopy, lambda h: pickle.loads(pickle.dumps(h)), assigned, replaced])
+def from_meta(_):
+    head = fm.PartialFC(4, 100, sample_rate=0.1).to("meta").to_empty(device="cpu")
+    head.reset_parameters()
+    return head
+
+
+def unpickled(head):
+    return pickle.loads(pickle.dumps(head))
+
+
+@pytest.mark.parametrize("made", [unpickled, copy.deepcopy, assigned, replaced])
+def test_a_frozen_head_can_be_copied(made):
+    head = made(fm.PartialFC(4, 100, sample_rate=0.1, bias=True).requires_grad_(False))
+    assert head(torch.randn(3, 4), torch.tensor([1, 5, 90])).isfinite()
+
+
+@pytest.mark.parametrize("made", [as_it_is, copy.deepcopy, unpickled, assigned, replaced, from_meta])
 def test_the_gradient_is_marked_as_coalesced(made):
     """Of copies too, and of another parameter in the weight's place; else each step of an optimizer would sort."""
     head = made(fm.PartialFC(4, 100, sample_rate=0.1))
