@@ -112,7 +112,7 @@ BAD = {
     "steps": (lambda: Linear(0, 1, -3), ValueError, "steps = -3; expected an integer, at least 1"),
     "half a step": (lambda: Exponential(0, 1, 2.5), ValueError, "steps = 2.5"),
     "start": (lambda: Linear(math.nan, 1, 3), ValueError, "start = nan"),
-    "end": (lambda: Linear(0, "1", 3), TypeError, "end: got '1'; expected a number"),
+    "end": (lambda: Linear(0, "1", 3), TypeError, "end: got '1'; expected a plain number"),
     "tensor": (lambda: Linear(_tensor(0), 1, 3), TypeError, "start: got a Tensor; expected a plain number"),
     "rate": (lambda: Exponential(0, 1, 3, rate=0), ValueError, "rate = 0"),
     "annealing": (lambda: SphereFaceAnnealing(base=1.0), ValueError, "lambda falls from base to minimum"),
