@@ -115,7 +115,7 @@ def margin_cross_entropy(
     rows.check_extras(label_smoothing, mining, margin.softmax)
     inputs.check_weights("sample_weight", sample_weight, len(labels), "row")
     inputs.check_weights("class_weight", class_weight, shard.count(weight, sub_centers), "class")
-    inputs.check_options(ignore_index, normalize_embeddings, normalize_weight, compute_dtype)
+    inputs.check_options(ignore_index, normalize_embeddings, normalize_weight)
     spec = Spec(
         rule=margin.rule().name,
         unit_slope=margin.gradient == "detached",

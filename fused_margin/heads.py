@@ -64,7 +64,8 @@ class MarginHead(KeepsPrecision):
         self.num_classes = count("num_classes", num_classes)
         self.sub_centers = count("sub_centers", sub_centers)
         flag("bias", bias)
-        inputs.check_options(ignore_index, normalize_embeddings, normalize_weight, compute_dtype)
+        inputs.check_options(ignore_index, normalize_embeddings, normalize_weight)
+        inputs.check_compute_dtype(compute_dtype)
         self.options = {
             "label_smoothing": label_smoothing,
             "mining": mining,

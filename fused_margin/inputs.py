@@ -17,14 +17,13 @@ from .shard import ALL_CLASSES, Shard
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def check_options(ignore_index: int, normalize_x: bool, normalize_w: bool, compute_dtype: torch.dtype | None) -> None:
+def check_options(ignore_index: int, normalize_x: bool, normalize_w: bool) -> None:
     """Raises for what these can never be, whatever the tensors."""
     whole = isinstance(ignore_index, int) and not isinstance(ignore_index, bool)
     if not whole or not -(2**63) <= ignore_index < 2**63:
         raise TypeError(f"ignore_index = {ignore_index!r}; expected an integer of 64 bits, as -100")
     flag("normalize_embeddings", normalize_x)
     flag("normalize_weight", normalize_w)
-    check_compute_dtype(compute_dtype)
 
 
 def check_compute_dtype(dtype: torch.dtype | None) -> None:
